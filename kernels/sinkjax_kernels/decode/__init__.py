@@ -1,0 +1,3 @@
+"""A few queries against a ring cache whose first slots hold the sink tokens."""
+
+from sinkjax_kernels.decode.reference import decode_attention as decode_attention

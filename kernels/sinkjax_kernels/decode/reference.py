@@ -1,0 +1,103 @@
+"""The specification of decode attention: dense over the cache, and never transposes it."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sinkjax_kernels import normalizers
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+def visible(
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B #K S"],
+    *,
+    num_sink_tokens: int,
+    window: int | None,
+) -> Bool[Array, "B #K T S"]:
+    """Who sees whom: 0 ≤ key ≤ query, and the key is a sink token or less than a window back."""
+    query, key = query_positions[:, None, :, None], key_positions[:, :, None, :]
+    seen = (0 <= key) & (key <= query)
+    if window is not None:
+        seen &= (key < num_sink_tokens) | (query - key < window)
+    return seen
+
+
+def decode_attention(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"],
+    *,
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B #K S"],
+    sink_query: Float[Array, "B T N H"] | None = None,
+    num_sink_slots: int = 0,
+    num_sink_tokens: int = 0,
+    window: int | None = None,
+    sinks: Float[Array, " N"] | Float[Array, "B T N"] | None = None,
+    normalizer: normalizers.Normalizer,
+    normalizer_params: Mapping[str, Array] | None = None,
+    scale: float,
+    logits_soft_cap: float | None = None,
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
+    r"""$o_t = \sum_j w_{tj} v_j$, $x_{tj} = \langle q^{sink}_t, k_j \rangle$ for the first slots.
+
+    $x_{tj} = \langle q_t, k_j \rangle$ for the others; then scale → soft cap → mask → normaliser.
+    One buffer with two queries is what lets a ring cache keep every key as it was written while
+    the sink tokens stay at a bounded distance.
+
+    Args:
+        query: rotated at its own position.
+        key, value: cache leaves; what an empty slot holds must be finite.
+        query_positions: −1 (padding) sees nothing.
+        key_positions: per slot; −1 is empty. Order is free.
+        sink_query: the query for slots below `num_sink_slots`; None is `query`.
+        num_sink_tokens: keys at positions below are exempt from the window.
+        window: number of keys seen back, the query's own included; None is unbounded.
+        sinks: sink logits per query head, or per token and head; neither scaled nor capped.
+        normalizer_params: learned leaves of the normaliser, one number per query head.
+
+    Returns:
+        the output in the query's dtype, exactly 0 where nothing is visible, and the log-sum-exp
+        (float32 at least, sink included), None for a normaliser without one.
+
+    Source: with the sink query rotated at `min(t, C − 1)` this is StreamingLLM (Xiao et al. 2023,
+    §3.2) in closed form.
+    """
+    B, T, N, H = query.shape
+    K = key.shape[1]
+    G = N // K
+    dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+
+    def scores(q, k):
+        q = q.reshape(B, T, K, G, H)
+        return jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=_EXACT, preferred_element_type=dtype)
+
+    if sink_query is None or num_sink_slots == 0:
+        logits = scores(query, key)
+    else:
+        at_sinks = scores(sink_query, key[:, :, :num_sink_slots])
+        logits = jnp.concatenate([at_sinks, scores(query, key[:, :, num_sink_slots:])], axis=-1)
+    logits = logits * jnp.asarray(scale, dtype)
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
+    seen = visible(query_positions, key_positions, num_sink_tokens=num_sink_tokens, window=window)
+    if sinks is not None:
+        per_token = jnp.broadcast_to(sinks, (B, T, N)).reshape(B, T, K, G)
+        sinks = per_token.transpose(0, 2, 3, 1)
+    params = {name: leaf.reshape(K, G, 1, 1) for name, leaf in (normalizer_params or {}).items()}
+    weights, lse = normalizers.weights(
+        normalizer, logits, seen[:, :, None], sinks=sinks, params=params
+    )
+    out = jnp.einsum(
+        "BKGTS,BKSh->BTKGh",
+        weights,
+        value.astype(weights.dtype),
+        precision=_EXACT,
+        preferred_element_type=dtype,
+    )
+    out = out.reshape(B, T, N, value.shape[-1]).astype(query.dtype)
+    return out, None if lse is None else lse.transpose(0, 3, 1, 2).reshape(B, T, N)

@@ -1,0 +1,369 @@
+"""Attention with sinks: one function, a superset of `jax.nn.dot_product_attention`.
+
+This file checks and normalises the arguments, then hands the call to an implementation of
+`sinkjax_kernels.flash`; `resolve` says which one would run.
+"""
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sinkjax_kernels import masks, normalizers
+from sinkjax_kernels.flash import reference, xla
+from sinkjax_kernels.normalizers import Normalizer
+from sinkjax_kernels.statistics import reference as statistics_reference
+from sinkjax_kernels.statistics import xla as statistics_xla
+from sinkjax_kernels.statistics.reference import AttentionStatistics
+
+logger = logging.getLogger("sinkjax")
+
+DENSE_WARNING_ELEMENTS = 2**26
+"""Above this many logits (256 MiB in float32) the dense reference says so once when it runs."""
+
+
+def _dense(*operands, **static):
+    query, key = operands[:2]
+    elements = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
+    if elements > DENSE_WARNING_ELEMENTS and not _dense.told:
+        _dense.told = True
+        logger.warning("attention: the dense reference makes %d logits at once", elements)
+    return reference.attention(*operands, **static)
+
+
+_dense.told = False
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
+    "xla": xla.attention,
+    "reference": _dense,
+}
+"""By name, in the order in which `implementation=None` tries them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A checked call: operands with a batch dimension, and what is static."""
+
+    operands: tuple
+    normalizer: Normalizer
+    scale: float
+    logits_soft_cap: float | None
+    batched: bool
+
+    @property
+    def static(self) -> dict[str, Any]:
+        return {
+            "normalizer": self.normalizer,
+            "scale": self.scale,
+            "logits_soft_cap": self.logits_soft_cap,
+        }
+
+
+def dot_product_attention(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K h"],
+    bias: Float[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | None = None,
+    *,
+    scale: float | Float[Array, ""] | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[Array, " B"] | None = None,
+    key_value_seq_lengths: Int[Array, " B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    num_sink_tokens: int = 0,
+    key_is_sink: Bool[Array, "..."] | None = None,
+    sinks: Float[Array, " N"] | Float[Array, "*B T N"] | None = None,
+    normalizer: str | Normalizer = "softmax",
+    normalizer_params: Mapping[str, Array] | None = None,
+    query_positions: Int[Array, "..."] | None = None,
+    key_positions: Int[Array, "..."] | None = None,
+    query_segment_ids: Int[Array, "..."] | None = None,
+    key_segment_ids: Int[Array, "..."] | None = None,
+    logits_soft_cap: float | None = None,
+    return_residual: bool = False,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*B T N h"] | tuple[Float[Array, "*B T N h"], Float[Array, "*B T N"]]:
+    r"""Scaled dot-product attention with sinks.
+
+    $$o_t = \sum_j w_{tj} v_j,\quad w_t = \mathrm{normaliser}(\mathrm{cap}(\mathrm{scale}\; q_t k_j)
+    + b_{tj} : j \text{ visible to } t)$$
+
+    A call that is legal for `jax.nn.dot_product_attention` means the same here, with two exceptions:
+    a row that sees nothing gives exactly 0, and the residual is float32 at least, differentiable
+    and contains the sink. What is added: *sink logits* (a learned entry in the denominator), *sink
+    tokens* (keys exempt from the window), other normalisers, positions and segments.
+
+    Key j is visible to query t iff its position is not negative; both have the same segment;
+    position j ≤ position t when causal; −right ≤ position t − position j ≤ left or j is a sink token;
+    and lengths and `mask` allow it. A sink token is exempt from both window bounds and nothing else,
+    so causal models pass `is_causal=True`. A window of W keys, the query's own included, is
+    `local_window_size=(W - 1, 0)`.
+
+    Args:
+        query: K divides N; the batch dimension may be absent, as in `jax.nn`.
+        key: key/value head k serves query heads k·N/K … (k+1)·N/K − 1.
+        value: its head size may differ from the key's.
+        bias: added to the logits after scale and soft cap; broadcastable to `[B, N, T, S]`.
+        mask: True where visible; broadcastable to `[B, N, T, S]`.
+        scale: of the logits, a number or a learned scalar array; 1/√H by default.
+        is_causal: hide keys of later positions (top-left aligned without positions).
+        query_seq_lengths, key_value_seq_lengths: valid slots of the buffers.
+        local_window_size: `(left, right)` in positions, without the query itself; an int n is (n, n).
+        num_sink_tokens: keys with a position below it (with segments and no key positions: with an
+            index within their segment below it) are sink tokens.
+        key_is_sink: `[S]`, `[B, S]` or `[B, K, S]`; overrides `num_sink_tokens`.
+        sinks: sink logits, `[N]` or per token `[B, T, N]`; only with softmax. Not scaled, not capped.
+        normalizer: description or name (`softmax softmax1 softmax_n sigmoid softpick`), with
+            arguments as in `"sigmoid(bias=-3.5)"`.
+        normalizer_params: learned leaves of the normaliser, `[N]` each.
+        query_positions, key_positions: `[T]`/`[S]` or `[B, T]`/`[B, S]`, keys also `[B, K, S]`;
+            the index in the buffer by default. A key at −1 is empty.
+        query_segment_ids, key_segment_ids: `[T]`/`[S]` or `[B, T]`/`[B, S]`; given together.
+        logits_soft_cap: c, logits become c·tanh(logits / c).
+        return_residual: also return the log-sum-exp, natural logarithm.
+        implementation: a name, several to be tried in order, or None for the best.
+
+    Returns:
+        `[*B, T, N, h]` in the query's dtype; with `return_residual` also `[*B, T, N]`: the log-sum-exp
+        with the sink included, for a row that sees nothing the sink logit or −inf.
+
+    Raises:
+        ValueError: shapes or options that do not fit together.
+        NotImplementedError: the one named implementation cannot serve the call.
+        ExceptionGroup: none of several could; it holds every reason.
+
+    Source: sink logits, gpt-oss (2025); sink tokens, Xiao et al. 2023 (arXiv 2309.17453); `jax.nn`.
+    """
+    call = _check(
+        query,
+        key,
+        value,
+        bias,
+        mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+        local_window_size=local_window_size,
+        num_sink_tokens=num_sink_tokens,
+        key_is_sink=key_is_sink,
+        sinks=sinks,
+        normalizer=normalizer,
+        normalizer_params=normalizer_params,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        logits_soft_cap=logits_soft_cap,
+    )
+    if return_residual and not call.normalizer.has_log_sum_exp:
+        raise ValueError(f"return_residual: {call.normalizer} has no log-sum-exp to return")
+    results = _first(implementation, lambda run: run(*call.operands, **call.static))
+    if not call.batched:
+        results = jax.tree.map(lambda x: x[0], results)
+    return results if return_residual else results[0]
+
+
+def _first(implementation: str | Sequence[str] | None, attempt: Callable[[Callable], Any]) -> Any:
+    """The result of the first implementation that serves the call."""
+    names = (
+        [implementation]
+        if isinstance(implementation, str)
+        else list(implementation or IMPLEMENTATIONS)
+    )
+    for name in names:
+        if name not in IMPLEMENTATIONS:
+            raise ValueError(
+                f"implementation: expected one of {list(IMPLEMENTATIONS)}, got {name!r}"
+            )
+    reasons = []
+    for name in names:
+        try:
+            return attempt(IMPLEMENTATIONS[name])
+        except NotImplementedError as reason:
+            if len(names) == 1:
+                raise
+            reasons.append(NotImplementedError(f"{name}: {reason}"))
+    raise ExceptionGroup("attention: no implementation serves this call", reasons)
+
+
+def resolve(*args, implementation: str | Sequence[str] | None = None, **kwargs) -> str:
+    """Name of the implementation that `dot_product_attention` would run for these arguments.
+
+    Arguments may be arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+    """
+    chosen = []
+
+    def attempt(run):
+        chosen[:] = [name for name, known in IMPLEMENTATIONS.items() if known is run]
+        return jax.eval_shape(
+            lambda a, k: dot_product_attention(*a, **k, **options, implementation=chosen[0]),
+            args,
+            arrays,
+        )
+
+    arrays = {n: x for n, x in kwargs.items() if n not in _STATIC}
+    options = {n: x for n, x in kwargs.items() if n in _STATIC}
+    _first(implementation, attempt)
+    return chosen[0]
+
+
+_STATIC = {
+    "scale", "is_causal", "local_window_size", "num_sink_tokens", "normalizer", "logits_soft_cap",
+    "return_residual",
+}  # fmt: skip
+
+
+def attention_weights(query, key, bias=None, mask=None, **options) -> Float[Array, "*B N T S"]:
+    """The dense weights that `dot_product_attention` applies to the values; for analysis only.
+
+    Takes the same arguments, without value, `return_residual` and `implementation`; float32 at least.
+    """
+    call = _check(query, key, key, bias, mask, **options)
+    query, key, _, *rest = call.operands
+    weights, _ = reference.attention_weights(query, key, *rest, **call.static)
+    return weights if call.batched else weights[0]
+
+
+def attention_statistics(
+    query, key, bias=None, mask=None, *, lse=None, implementation=None, **options
+) -> AttentionStatistics:
+    """Attention mass per key, entropy, maximum logit and more, without a `[T, S]` array.
+
+    What live sink metrics stand on. Takes the arguments of `dot_product_attention` without value;
+    gradients are stopped, as these are measurements.
+
+    Args:
+        lse: the residual of the forward pass, where at hand; spares computing it again.
+        implementation: "xla" (memory linear in S, the default) or "reference" (dense).
+
+    Returns:
+        `AttentionStatistics`: `[B, N, S]` per key and `[B, N, T]` per query.
+    """
+    kinds = {"xla": statistics_xla, "reference": statistics_reference}
+    if implementation is not None and implementation not in kinds:
+        raise ValueError(f"implementation: expected one of {list(kinds)}, got {implementation!r}")
+    call = _check(query, key, key, bias, mask, **options)
+    query, key, _, *rest = jax.lax.stop_gradient(call.operands)
+    if lse is not None:
+        lse = jax.lax.stop_gradient(lse if call.batched else lse[None])
+    run = kinds[implementation or "xla"].attention_statistics
+    result = run(query, key, *rest, lse, **call.static)
+    return result if call.batched else jax.tree.map(lambda x: x[0], result)
+
+
+def _check(
+    query,
+    key,
+    value,
+    bias=None,
+    mask=None,
+    *,
+    scale=None,
+    is_causal=False,
+    query_seq_lengths=None,
+    key_value_seq_lengths=None,
+    local_window_size=None,
+    num_sink_tokens=0,
+    key_is_sink=None,
+    sinks=None,
+    normalizer: str | Normalizer = "softmax",
+    normalizer_params=None,
+    query_positions=None,
+    key_positions=None,
+    query_segment_ids=None,
+    key_segment_ids=None,
+    logits_soft_cap=None,
+) -> _Call:
+    """Check a call, add the batch dimension and gather the masks into a `Visibility`."""
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    batched = query.ndim == 4
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim not in (3, 4) or x.ndim != query.ndim:
+            raise ValueError(
+                f"{name}: expected [B, T, N, H] or [T, N, H], all three alike, got shape {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{name}: expected a floating-point array, got {x.dtype}")
+    if not batched:
+        query, key, value = query[None], key[None], value[None]
+    B, T, N, H = query.shape
+    S, K = key.shape[1:3]
+    if key.shape != (B, S, K, H) or K == 0 or N % K:
+        raise ValueError(
+            f"key: expected [B={B}, S, K, H={H}] with K dividing N={N}, got {key.shape}"
+        )
+    if value.shape[:3] != (B, S, K):
+        raise ValueError(f"value: expected [B={B}, S={S}, K={K}, h], got {value.shape}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"query, key, value: expected one dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+
+    described = normalizers.resolve(normalizer)
+    unknown = set(normalizer_params or {}) - set(described.parameters)
+    if unknown:
+        raise ValueError(
+            f"normalizer_params: {described} takes {list(described.parameters)}, got {sorted(unknown)}"
+        )
+    if sinks is not None:
+        sinks = jnp.asarray(sinks)
+        if not isinstance(described, normalizers.Softmax):
+            raise ValueError(f"sinks: only softmax takes sink logits, got normalizer {described}")
+        per_token = (B, T, N) if batched else (T, N)
+        if sinks.shape not in ((N,), per_token):
+            raise ValueError(f"sinks: expected [N={N}] or {list(per_token)}, got {sinks.shape}")
+        sinks = sinks[None] if sinks.shape == (T, N) and not batched else sinks
+    if logits_soft_cap is not None and not logits_soft_cap > 0:
+        raise ValueError(f"logits_soft_cap: expected a number above 0, got {logits_soft_cap}")
+
+    bias = _square("bias", bias, (B, N, T, S))
+    mask = _square("mask", mask, (B, N, T, S))
+    if mask is not None and mask.dtype != bool:
+        raise ValueError(f"mask: expected booleans, got {mask.dtype}; additive masks are `bias`")
+    for name, leaf in (normalizer_params or {}).items():
+        # The one learned leaf so far, sigmoid's bias, is an additive logit bias.
+        if leaf.shape != (N,):
+            raise ValueError(f"normalizer_params[{name!r}]: expected [N={N}], got {leaf.shape}")
+        shift = leaf[None, :, None, None]
+        bias = shift if bias is None else bias + shift
+
+    visibility = masks.build(
+        (B, T, S, K),
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        num_sink_tokens=num_sink_tokens,
+        key_is_sink=key_is_sink,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        query_segment_ids=query_segment_ids,
+        key_segment_ids=key_segment_ids,
+        query_seq_lengths=query_seq_lengths,
+        key_value_seq_lengths=key_value_seq_lengths,
+    )
+    if isinstance(scale, jax.Array):  # a learned scale goes into the query, to be differentiated
+        query, scale = query * scale.astype(query.dtype), 1.0
+    return _Call(
+        operands=(query, key, value, bias, mask, visibility, sinks),
+        normalizer=described,
+        scale=1 / math.sqrt(H) if scale is None else float(scale),
+        logits_soft_cap=logits_soft_cap,
+        batched=batched,
+    )
+
+
+def _square(name: str, x, shape: tuple[int, ...]) -> Array | None:
+    """A bias or mask as [b, n, t, s], each letter a size or 1."""
+    if x is None:
+        return None
+    x = jnp.asarray(x)
+    x = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    if x.ndim != 4 or any(size not in (1, full) for size, full in zip(x.shape, shape, strict=True)):
+        raise ValueError(f"{name}: expected a shape broadcastable to {shape}, got {x.shape}")
+    return x

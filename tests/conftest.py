@@ -1,0 +1,34 @@
+"""Settings that every test shares.
+
+`JAX_COMPILATION_CACHE_DIR` in the environment turns the persistent compilation cache on; it is
+off otherwise, so that a run proves the whole path.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+# Before the first import of jax. Whoever tests an accelerator names it in the environment.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes of every annotated function are checked in tests, and nowhere else. Installed
+# here because `--jaxtyping-packages` (jaxtyping 0.3.11) cannot take two packages together with a
+# type checker that has arguments: it cuts the list at its first comma. The numeric tower lets an
+# int stand for a float, as every caller expects.
+_CHECKED = ["sinkjax", "sinkjax_kernels"]
+for _name in _CHECKED:
+    if _name in sys.modules:
+        raise RuntimeError(f"{_name} was imported before its shape checks were installed")
+install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """float64 arrays inside the test."""
+    from sinkjax._compat import enable_x64
+
+    with enable_x64():
+        yield

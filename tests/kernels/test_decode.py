@@ -1,0 +1,163 @@
+"""Decode attention against a double loop in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sinkjax_kernels import decode, normalizers
+
+B, T, S, N, K, H, V = 2, 3, 11, 6, 2, 8, 5
+POSITIONS = np.array(
+    [[0, 1, 17, 12, -1, 14, 15, 16, 9, 10, 11], [0, -1, 3, 2, 5, 4, -1, -1, -1, -1, -1]]
+)
+QUERIES = np.array([[15, 16, 17], [4, -1, 5]])
+
+
+def arrays(dtype=np.float32):
+    draw = np.random.default_rng(0).standard_normal
+    shapes = {"query": (B, T, N, H), "key": (B, K, S, H), "value": (B, K, S, V)}
+    return {name: (1.5 * draw(shape)).astype(dtype) for name, shape in shapes.items()}
+
+
+def by_hand(x, *, key_positions, sink_query, slots, num_sink_tokens, window, scale, cap, extra):
+    """Softmax with `extra[b, t, n]` added to the denominator; one score at a time."""
+    out, lse = np.zeros((B, T, N, V)), np.full((B, T, N), -np.inf)
+    for b, t, n in np.ndindex(B, T, N):
+        k, logits, values = n // (N // K), [], []
+        for s in range(S):
+            at, query = key_positions[b, k, s], QUERIES[b, t]
+            if not 0 <= at <= query:
+                continue
+            if at >= num_sink_tokens and query - at >= window:
+                continue
+            q = sink_query if s < slots else x["query"]
+            score = scale * float(q[b, t, n] @ x["key"][b, k, s])
+            logits.append(score if cap is None else cap * np.tanh(score / cap))
+            values.append(x["value"][b, k, s])
+        total = np.exp(logits).sum() + extra[b, t, n]
+        if total > 0:
+            lse[b, t, n] = np.log(total)
+            for logit, value in zip(logits, values, strict=True):
+                out[b, t, n] += np.exp(logit) / total * value
+    return out, lse
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(
+    ("slots", "sinks", "cap"), [(0, None, None), (2, "head", None), (S, "token", 1.3)]
+)
+def test_reference_is_the_loop(slots, sinks, cap, per_head):
+    x = arrays()
+    draw = np.random.default_rng(1)
+    sink_query = draw.standard_normal((B, T, N, H)).astype(np.float32)
+    logits = {"head": np.linspace(-2, 4, N), "token": draw.standard_normal((B, T, N))}.get(sinks)
+    keys = np.broadcast_to(POSITIONS[:, None], (B, K, S)).copy()
+    if per_head:
+        keys[:, 1] = np.roll(keys[:, 1], 3, axis=-1)
+    extra = np.zeros((B, T, N)) if logits is None else np.broadcast_to(np.exp(logits), (B, T, N))
+    want, want_lse = by_hand(
+        x,
+        key_positions=keys,
+        sink_query=sink_query,
+        slots=slots,
+        num_sink_tokens=2,
+        window=5,
+        scale=0.4,
+        cap=cap,
+        extra=extra,
+    )
+    out, lse = decode.decode_attention(
+        **{name: jnp.asarray(leaf) for name, leaf in x.items()},
+        query_positions=jnp.asarray(QUERIES),
+        key_positions=jnp.asarray(keys if per_head else keys[:, :1]),
+        sink_query=jnp.asarray(sink_query),
+        num_sink_slots=slots,
+        num_sink_tokens=2,
+        window=5,
+        sinks=None if logits is None else jnp.asarray(logits, jnp.float32),
+        normalizer=normalizers.Softmax(),
+        scale=0.4,
+        logits_soft_cap=cap,
+    )
+    np.testing.assert_allclose(out, want, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=3e-6)
+    assert (np.asarray(out)[1, 1] == 0).all()  # padding
+
+
+@pytest.mark.parametrize("name", ["softmax1", "softmax_n(n=2.0)", "sigmoid(bias=-1.0)", "softpick"])
+def test_weights_are_the_specification(name):
+    x = arrays()
+    description = normalizers.resolve(name)
+    out, lse = decode.decode_attention(
+        **{name: jnp.asarray(leaf) for name, leaf in x.items()},
+        query_positions=jnp.asarray(QUERIES),
+        key_positions=jnp.asarray(POSITIONS[:, None]),
+        window=5,
+        normalizer=description,
+        scale=0.4,
+    )
+    key, value = (np.repeat(x[name], N // K, axis=1) for name in ("key", "value"))
+    logits = 0.4 * np.einsum("btnh,bnsh->bnts", x["query"], key)
+    distance = QUERIES[:, :, None] - POSITIONS[:, None]
+    where = jnp.asarray(POSITIONS[:, None] >= 0) & (distance >= 0) & (distance < 5)
+    weights, want_lse = normalizers.weights(description, jnp.asarray(logits), where[:, None])
+    np.testing.assert_allclose(out, np.einsum("bnts,bnsv->btnv", weights, value), rtol=0, atol=3e-6)
+    assert (lse is None) == (want_lse is None)
+    if want_lse is not None:
+        np.testing.assert_allclose(lse, want_lse.swapaxes(1, 2), rtol=0, atol=3e-6)
+
+
+def test_learned_bias_per_head():
+    x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
+    bias = jnp.linspace(-3, 2, N)
+    options = {
+        "query_positions": jnp.asarray(QUERIES),
+        "key_positions": jnp.asarray(POSITIONS[:, None]),
+        "scale": 0.4,
+    }
+    together, _ = decode.decode_attention(
+        **x, normalizer=normalizers.Sigmoid(), normalizer_params={"bias": bias}, **options
+    )
+    for n in (0, 4):
+        alone, _ = decode.decode_attention(
+            **x, normalizer=normalizers.Sigmoid(bias=float(bias[n])), **options
+        )
+        np.testing.assert_allclose(together[:, :, n], alone[:, :, n], rtol=0, atol=1e-6)
+
+
+def test_bfloat16_computes_in_float32():
+    x = {name: jnp.asarray(leaf, jnp.bfloat16) for name, leaf in arrays().items()}
+    options = {
+        "query_positions": jnp.asarray(QUERIES),
+        "key_positions": jnp.asarray(POSITIONS[:, None]),
+        "normalizer": normalizers.Softmax(),
+        "scale": 0.4,
+    }
+    out, lse = decode.decode_attention(**x, **options)
+    wide, want = decode.decode_attention(
+        **{name: leaf.astype(jnp.float32) for name, leaf in x.items()}, **options
+    )
+    assert out.dtype == jnp.bfloat16 and lse is not None and lse.dtype == jnp.float32
+    np.testing.assert_allclose(lse, want, rtol=0, atol=2e-6)
+    np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
+
+
+def test_cache_leaves_are_not_transposed():
+    """[B, K, S, H] is read as it lies: at T == 1 nothing of its size is permuted."""
+    x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
+
+    def run(query, key, value):
+        return decode.decode_attention(
+            query[:, :1],
+            key,
+            value,
+            query_positions=jnp.asarray(QUERIES[:, :1]),
+            key_positions=jnp.asarray(POSITIONS[:, None]),
+            normalizer=normalizers.Softmax(),
+            scale=0.4,
+        )
+
+    equations = jax.make_jaxpr(run)(**x).jaxpr.eqns
+    sizes = [e.invars[0].aval.size for e in equations if e.primitive.name in ("transpose", "copy")]
+    assert max(sizes, default=0) < x["value"].size

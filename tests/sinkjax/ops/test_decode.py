@@ -1,0 +1,73 @@
+"""What `decode_attention` accepts, refuses and dispatches."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sinkjax.ops import decode
+from sinkjax.ops.decode import decode_attention
+
+B, T, S, N, K, H = 2, 3, 7, 6, 2, 4
+
+
+def call(**changes):
+    draw = np.random.default_rng(0).standard_normal
+    arguments = {
+        "query": jnp.asarray(draw((B, T, N, H)), jnp.float32),
+        "key": jnp.asarray(draw((B, K, S, H)), jnp.float32),
+        "value": jnp.asarray(draw((B, K, S, H)), jnp.float32),
+        "query_positions": jnp.broadcast_to(jnp.arange(4, 4 + T), (B, T)),
+        "key_positions": jnp.broadcast_to(jnp.arange(S), (B, S)),
+    } | changes
+    return decode_attention(**arguments)
+
+
+def test_defaults():
+    out = call()
+    np.testing.assert_array_equal(out, call(scale=H**-0.5, normalizer="softmax"))
+    np.testing.assert_array_equal(out, call(implementation="reference"))
+    positions = jnp.broadcast_to(jnp.arange(S), (B, K, S))
+    np.testing.assert_array_equal(out, call(key_positions=positions))
+    assert np.abs(out - call(scale=1.0)).max() > 1e-3
+
+
+def test_residual():
+    out, lse = call(return_residual=True, sinks=jnp.zeros(N))
+    one, same = call(return_residual=True, normalizer="softmax1")
+    np.testing.assert_allclose(out, one, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(lse, same, rtol=0, atol=1e-6)
+    assert lse.shape == (B, T, N)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 0}, "window: expected at least 1 or None, got 0"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens: expected at least 0, got -1"),
+        ({"num_sink_slots": S + 1}, f"num_sink_slots: expected 0 to S={S}, got {S + 1}"),
+        ({"sinks": jnp.zeros(N), "normalizer": "softmax1"}, "only softmax takes sink logits"),
+        ({"normalizer": "softmin"}, "expected one of softmax"),
+        ({"return_residual": True, "normalizer": "softpick"}, "softpick has no log-sum-exp"),
+        ({"logits_soft_cap": 0.0}, "logits_soft_cap: expected more than 0"),
+        ({"implementation": "cuda"}, "implementation: expected one of reference"),
+        ({"implementation": ()}, "implementation: expected one of reference"),
+        ({"query": jnp.zeros((B, T, 5, H))}, "got N=5, K=2"),
+    ],
+)
+def test_bad_input(changes, message):
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_dispatch_falls_through_and_lists_reasons(monkeypatch):
+    def unable(*args, **options):
+        raise NotImplementedError("needs a TPU")
+
+    monkeypatch.setitem(decode._KERNELS, "tpu", unable)
+    monkeypatch.setitem(decode._KERNELS, "gpu", unable)
+    np.testing.assert_array_equal(call(implementation=("tpu", "reference")), call())
+    with pytest.raises(NotImplementedError, match="needs a TPU"):
+        call(implementation="tpu")
+    with pytest.raises(ExceptionGroup) as group:
+        call(implementation=("tpu", "gpu"))
+    assert len(group.value.exceptions) == 2
