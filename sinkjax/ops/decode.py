@@ -1,7 +1,6 @@
 """Attention of a few queries on a ring cache: validation, and the choice of the kernel."""
 
 from collections.abc import Mapping, Sequence
-
 from typing import Any
 
 import jax

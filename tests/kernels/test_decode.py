@@ -1,5 +1,7 @@
 """Decode attention against a double loop in numpy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from sinkjax_kernels import decode, normalizers
 
+attend: Any = decode.decode_attention
 B, T, S, N, K, H, V = 2, 3, 11, 6, 2, 8, 5
 POSITIONS = np.array(
     [[0, 1, 17, 12, -1, 14, 15, 16, 9, 10, 11], [0, -1, 3, 2, 5, 4, -1, -1, -1, -1, -1]]
@@ -67,7 +70,7 @@ def test_reference_is_the_loop(slots, sinks, cap, per_head):
         cap=cap,
         extra=extra,
     )
-    out, lse = decode.decode_attention(
+    out, lse = attend(
         **{name: jnp.asarray(leaf) for name, leaf in x.items()},
         query_positions=jnp.asarray(QUERIES),
         key_positions=jnp.asarray(keys if per_head else keys[:, :1]),
@@ -89,7 +92,7 @@ def test_reference_is_the_loop(slots, sinks, cap, per_head):
 def test_weights_are_the_specification(name):
     x = arrays()
     description = normalizers.resolve(name)
-    out, lse = decode.decode_attention(
+    out, lse = attend(
         **{name: jnp.asarray(leaf) for name, leaf in x.items()},
         query_positions=jnp.asarray(QUERIES),
         key_positions=jnp.asarray(POSITIONS[:, None]),
@@ -116,13 +119,11 @@ def test_learned_bias_per_head():
         "key_positions": jnp.asarray(POSITIONS[:, None]),
         "scale": 0.4,
     }
-    together, _ = decode.decode_attention(
+    together, _ = attend(
         **x, normalizer=normalizers.Sigmoid(), normalizer_params={"bias": bias}, **options
     )
     for n in (0, 4):
-        alone, _ = decode.decode_attention(
-            **x, normalizer=normalizers.Sigmoid(bias=float(bias[n])), **options
-        )
+        alone, _ = attend(**x, normalizer=normalizers.Sigmoid(bias=float(bias[n])), **options)
         np.testing.assert_allclose(together[:, :, n], alone[:, :, n], rtol=0, atol=1e-6)
 
 
@@ -134,10 +135,8 @@ def test_bfloat16_computes_in_float32():
         "normalizer": normalizers.Softmax(),
         "scale": 0.4,
     }
-    out, lse = decode.decode_attention(**x, **options)
-    wide, want = decode.decode_attention(
-        **{name: leaf.astype(jnp.float32) for name, leaf in x.items()}, **options
-    )
+    out, lse = attend(**x, **options)
+    wide, want = attend(**{name: leaf.astype(jnp.float32) for name, leaf in x.items()}, **options)
     assert out.dtype == jnp.bfloat16 and lse is not None and lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, want, rtol=0, atol=2e-6)
     np.testing.assert_array_equal(out, wide.astype(jnp.bfloat16))
@@ -148,7 +147,7 @@ def test_cache_leaves_are_not_transposed():
     x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
 
     def run(query, key, value):
-        return decode.decode_attention(
+        return attend(
             query[:, :1],
             key,
             value,

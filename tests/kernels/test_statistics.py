@@ -22,10 +22,11 @@ def operands():
     )
     bias = jnp.asarray(rng.normal(size=(1, N, T, S)), jnp.float32)
     mask = jnp.asarray(rng.uniform(size=(B, 1, T, S)) < 0.8).at[:, :, 4].set(False)
+    slots = np.broadcast_to(np.arange(S, dtype=np.int32), (B, K, S))
     visibility = masks.build(
         (B, T, S, K), is_causal=True, local_window_size=(5, 0), num_sink_tokens=2,
         query_positions=np.arange(T, dtype=np.int32) + 2,
-        key_positions=jnp.asarray(rng.permuted(np.broadcast_to(np.arange(S, dtype=np.int32), (B, K, S)), axis=-1)),
+        key_positions=jnp.asarray(rng.permuted(slots, axis=-1)),
     )  # fmt: skip
     return query, key, bias, mask, visibility
 

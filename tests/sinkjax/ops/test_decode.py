@@ -1,5 +1,7 @@
 """What `decode_attention` accepts, refuses and dispatches."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from sinkjax.ops.decode import decode_attention
 B, T, S, N, K, H = 2, 3, 7, 6, 2, 4
 
 
-def call(**changes):
+def call(**changes: Any) -> Any:
     draw = np.random.default_rng(0).standard_normal
-    arguments = {
+    arguments: dict[str, Any] = {
         "query": jnp.asarray(draw((B, T, N, H)), jnp.float32),
         "key": jnp.asarray(draw((B, K, S, H)), jnp.float32),
         "value": jnp.asarray(draw((B, K, S, H)), jnp.float32),

@@ -1,0 +1,13 @@
+"""Flax NNX modules: they own parameters and call `sinkjax.ops`.
+
+Written for NNX's tree mode: a frozen config and ``rngs`` in, no shared submodules, no mutation in
+``__call__``. `sinkjax.modules.linen` offers them to Flax Linen.
+"""
+
+from sinkjax.modules.attention import Attention as Attention
+from sinkjax.modules.attention import AttentionConfig as AttentionConfig
+from sinkjax.modules.block import Block as Block
+from sinkjax.modules.mlp import MLP as MLP
+from sinkjax.modules.norm import RMSNorm as RMSNorm
+from sinkjax.modules.projection import Projection as Projection
+from sinkjax.modules.tap import tap as tap
