@@ -1,0 +1,35 @@
+"""Training: one call trains a model and leaves a run folder that goes on where it stopped."""
+
+# A run
+from sinkjax.train.loop import Run as Run
+from sinkjax.train.loop import fit as fit
+
+# Config
+from sinkjax.train.config import DataConfig as DataConfig
+from sinkjax.train.config import MeshConfig as MeshConfig
+from sinkjax.train.config import OptimizerConfig as OptimizerConfig
+from sinkjax.train.config import RunConfig as RunConfig
+from sinkjax.train.config import from_json as from_json
+from sinkjax.train.config import to_json as to_json
+
+# Data
+from sinkjax.train.data import load_data as load_data
+from sinkjax.train.tasks import Backcopy as Backcopy
+from sinkjax.train.tokenizer import ByteTokenizer as ByteTokenizer
+from sinkjax.train.tokenizer import Tokenizer as Tokenizer
+from sinkjax.train.tokenizer import load_tokenizer as load_tokenizer
+
+# The comparison of attention variants on Bigram-Backcopy
+from sinkjax.train.backcopy import VARIANTS as VARIANTS
+from sinkjax.train.backcopy import attention_to_bos as attention_to_bos
+from sinkjax.train.backcopy import backcopy_run as backcopy_run
+from sinkjax.train.backcopy import held_out_rows as held_out_rows
+
+# Parts of the loop
+from sinkjax.train.log import read_metrics as read_metrics
+from sinkjax.train.optim import make_optimizer as make_optimizer
+from sinkjax.train.optim import muon_parameters as muon_parameters
+from sinkjax.train.step import TrainState as TrainState
+from sinkjax.train.step import init_state as init_state
+from sinkjax.train.step import make_eval_step as make_eval_step
+from sinkjax.train.step import make_train_step as make_train_step

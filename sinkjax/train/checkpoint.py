@@ -1,0 +1,172 @@
+"""Checkpoints of a run, on Orbax v1: the one file to change when its API becomes final.
+
+`checkpoints/<step>/params` holds the nested dictionary of parameters and nothing else, so that a
+model can be read without knowing its optimiser; `checkpoints/<step>/train` the rest of the state.
+"""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from sinkjax.models.config import DecoderConfig
+from sinkjax.models.parameters import check_shapes
+from sinkjax.train.step import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run folder: atomic, written in the background, the newest N kept.
+
+    A checkpoint is parameters, optimiser, step, random key and the number of the next batch in one
+    unit that exists whole or not at all. What a killed process left half-written is removed when
+    the folder is opened.
+
+    Args:
+      folder: made if it is not there.
+      keep: how many stay.
+
+    Raises:
+      OSError: the folder cannot be made or written; names the path.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder.resolve()
+        self._failed = False
+        self._quiet = _Quiet()
+        logging.getLogger("absl").addFilter(self._quiet)
+        policies = ocp.training.preservation_policies
+        self._orbax = ocp.training.Checkpointer(
+            str(self._folder),
+            # Orbax's own policies do not fit its own protocol by their types.
+            preservation_policy=policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None if there is none."""
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
+        """Start writing the state of this step; waits for the checkpoint before it, if any.
+
+        The arrays are copied before this returns, so the state may be donated.
+
+        Raises:
+          OSError: this or the previous checkpoint could not be written.
+        """
+        content = _content(state, np.asarray(iterator.get_state()["next_index"], np.int32))
+        try:
+            self._orbax.save_checkpointables_async(int(state.step), content, force=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def wait(self) -> None:
+        """Return when everything is on disk.
+
+        Raises:
+          OSError: it could not be written; nothing of it is left.
+        """
+        try:
+            self._orbax.wait()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failure(error) from error
+
+    def restore(
+        self, step: int, abstract: TrainState, iterator: grain.DatasetIterator, model: DecoderConfig
+    ) -> TrainState:
+        """State of a step, laid out as `abstract` says; moves the iterator to its next batch.
+
+        Args:
+          step: which checkpoint.
+          abstract: shapes, dtypes and shardings, `sinkjax.train.step.abstract_state`; another mesh
+            or dtype than the one saved is fine.
+          iterator: of the training data.
+          model: to check the parameters against.
+
+        Raises:
+          ValueError: a parameter has another shape; names the first that differs.
+        """
+        path = self._folder / str(step)
+        check_shapes(model, ocp.metadata(str(path), "params").metadata, source=str(path))
+        # Shapes only: the number is read on the host.
+        target = _content(
+            abstract, jax.ShapeDtypeStruct((), np.int32, sharding=abstract.step.sharding)
+        )
+        found = self._orbax.load_checkpointables(step, target)
+        train = found["train"]
+        iterator.set_state({"next_index": int(train["next_batch"])})
+        return TrainState(
+            found["params"],
+            train["opt_state"],
+            train["step"],
+            jax.random.wrap_key_data(train["key"]),
+        )
+
+    def close(self) -> None:
+        """Finish writing and let go of the folder."""
+        try:
+            self._orbax.close()
+        except (OSError, ValueError, RuntimeError) as error:
+            # Orbax raises the same failure once more here.
+            if not self._failed:
+                raise self._failure(error) from error
+        finally:
+            logging.getLogger("absl").removeFilter(self._quiet)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _failure(self, error: Exception) -> Exception:
+        self._failed = True
+        if jax.process_index() == 0:
+            for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        return _as_os_error(error, self._folder)
+
+
+def _content(state: TrainState, next_batch: Any) -> dict[str, Any]:
+    # The iterator's state is one number, kept as an array: grain's own files are per process and
+    # would tie the checkpoint to a number of processes.
+    key = state.key
+    if isinstance(key, jax.Array):
+        key_data = jax.random.key_data(key)
+    else:
+        data = jax.eval_shape(jax.random.key_data, key)
+        key_data = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
+    train = {
+        "opt_state": state.opt_state,
+        "step": state.step,
+        "key": key_data,
+        "next_batch": next_batch,
+    }
+    return {"params": state.params, "train": train}
+
+
+def _as_os_error(error: Exception, folder: Path) -> Exception:
+    # tensorstore reports a full disk as a ValueError with the number of the system's error in it.
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, f"checkpoint not written: {error.strerror}", str(folder))
+    if number is None:
+        return error
+    reason = re.search(r": ([^:\[]*) \[os_error_code", str(error))
+    text = reason.group(1) if reason else "cannot write"
+    return OSError(int(number.group(1)), f"checkpoint not written: {text}", str(folder))
+
+
+class _Quiet(logging.Filter):
+    # Orbax logs an error with its traceback once for every thread it passes through; the error
+    # itself is raised here.
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)

@@ -1,0 +1,263 @@
+"""What a training run is: frozen dataclasses that are the command line, the JSON and the call."""
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+from sinkjax.models.config import DecoderConfig
+from sinkjax.models.presets import preset
+
+Config = TypeVar("Config")
+
+# Parameters that weight decay leaves alone: norm gains, sink logits and attention gates are few,
+# one-sided and not matrices that mix features. `mlp/gate` is an ordinary matrix and decays.
+NO_DECAY = (r"norm/scale$", r"/sinks$", r"attention/gate/")
+
+
+def _check(fine: bool, name: str, expected: str, got: Any) -> None:
+    if not fine:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out.
+
+    Args:
+      data: devices along which the batch is cut; -1 takes all that `model` leaves.
+      model: devices along which the parameters are cut.
+    """
+
+    data: int = -1
+    model: int = 1
+
+    def __post_init__(self) -> None:
+        _check(self.data == -1 or self.data >= 1, "mesh.data", "-1 or at least 1", self.data)
+        _check(self.model >= 1, "mesh.model", "at least 1", self.model)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What the model reads.
+
+    Args:
+      source: "text" for files, "backcopy" for the Bigram-Backcopy toy task.
+      files: paths, folders or globs; none means the standard library of the running Python.
+      max_bytes: read no more than about this many bytes (whole files, picked by hash); None is all.
+      tokenizer: "bytes", or the path of a `tokenizer.json` (extra `hf`).
+      batch_size: rows of one optimiser step, over all devices and processes.
+      validation_fraction: share of the files held out.
+      seed: seed of the order of rows.
+    """
+
+    source: Literal["text", "backcopy"] = "text"
+    files: tuple[str, ...] = ()
+    max_bytes: int | None = None
+    tokenizer: str = "bytes"
+    batch_size: int = 16
+    validation_fraction: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices = ("text", "backcopy")
+        _check(self.source in choices, "data.source", f"one of {choices}", self.source)
+        _check(
+            self.max_bytes is None or self.max_bytes >= 1,
+            "data.max_bytes",
+            "None or at least 1",
+            self.max_bytes,
+        )
+        _check(self.batch_size >= 1, "data.batch_size", "at least 1", self.batch_size)
+        _check(
+            0.0 < self.validation_fraction < 1.0,
+            "data.validation_fraction",
+            "a number between 0 and 1",
+            self.validation_fraction,
+        )
+        # numpy's and grain's seeds have no sign; grain's has 32 bits.
+        _check(0 <= self.seed < 2**32, "data.seed", "0 to 2**32 - 1", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How the parameters move.
+
+    Args:
+      name: "adamw", or "muon" (matrices of the blocks by Muon, the rest by AdamW).
+      learning_rate: peak of the schedule.
+      adam_learning_rate: peak for what Muon leaves to AdamW; None means `learning_rate`.
+      schedule: what follows the warm-up: down to `final_fraction` of the peak, or nothing.
+      warmup_steps: steps of linear warm-up from 0.
+      final_fraction: last learning rate over the peak (cosine and linear).
+      beta1: decay of the first moment.
+      beta2: decay of the second moment.
+      epsilon: added to Adam's denominator.
+      weight_decay: decoupled, multiplied by the learning rate.
+      no_decay: regular expressions over parameter paths that do not decay. With () everything
+        decays: in the two-layer byte model at weight decay 0.3 that made the sink stronger (attention
+        to BOS in layer 0 after 2,000 steps .18 and .26 for seeds 0 and 1, against .06 and .23).
+      clip_norm: largest global gradient norm; None does not clip.
+      accumulation_steps: microbatches one step is cut into.
+      z_loss: weight of the squared log-partition.
+      muon_beta: decay of Muon's momentum.
+      muon_consistent_rms: update RMS that Muon is scaled to, 0.2 being AdamW's (arXiv 2502.16982),
+        so that one learning rate serves both; None scales by the shape instead.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-3
+    adam_learning_rate: float | None = None
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = NO_DECAY
+    clip_norm: float | None = 1.0
+    accumulation_steps: int = 1
+    z_loss: float = 0.0
+    muon_beta: float = 0.95
+    muon_consistent_rms: float | None = 0.2
+
+    def __post_init__(self) -> None:
+        names, schedules = ("adamw", "muon"), ("constant", "cosine", "linear")
+        _check(self.name in names, "optimizer.name", f"one of {names}", self.name)
+        _check(
+            self.schedule in schedules,
+            "optimizer.schedule",
+            f"one of {schedules}",
+            self.schedule,
+        )
+        for field in ("learning_rate", "epsilon", "adam_learning_rate", "clip_norm"):
+            value = getattr(self, field)
+            _check(value is None or value > 0, f"optimizer.{field}", "more than 0", value)
+        for field in ("warmup_steps", "final_fraction", "weight_decay", "z_loss"):
+            value = getattr(self, field)
+            _check(value >= 0, f"optimizer.{field}", "at least 0", value)
+        for field in ("beta1", "beta2", "muon_beta"):
+            value = getattr(self, field)
+            _check(0 <= value < 1, f"optimizer.{field}", "0 <= value < 1", value)
+        _check(
+            self.accumulation_steps >= 1,
+            "optimizer.accumulation_steps",
+            "at least 1",
+            self.accumulation_steps,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run: model, data, optimiser, mesh, and how long.
+
+    Args:
+      model: shape of the decoder; rows of data are its `context_length` long.
+      data: what it reads.
+      optimizer: how it learns.
+      mesh: on which devices.
+      path: the run folder: `config.json`, `metrics.jsonl`, `checkpoints/<step>`.
+      steps: optimiser steps.
+      seed: seed of the initial parameters.
+      log_every: steps between lines of training loss.
+      eval_every: steps between evaluations (also at step 0 and at the end).
+      eval_batches: validation batches of one evaluation.
+      checkpoint_every: steps between checkpoints (also at the end).
+      keep_checkpoints: newest checkpoints that are kept.
+      sink_epsilon: threshold of the sink rate (Gu et al., arXiv 2410.10781, use 0.3).
+    """
+
+    model: DecoderConfig = dataclasses.field(default_factory=lambda: preset("tiny"))
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    path: str = "runs/train"
+    steps: int = 2000
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    sink_epsilon: float = 0.3
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "log_every", "eval_every", "eval_batches", "checkpoint_every")
+        for field in (*counts, "keep_checkpoints"):
+            value = getattr(self, field)
+            _check(value >= 1, field, "at least 1", value)
+        _check(0 <= self.seed < 2**32, "seed", "0 to 2**32 - 1", self.seed)
+        _check(self.path != "", "path", "a folder", self.path)
+        rows, parts = self.data.batch_size, self.optimizer.accumulation_steps
+        _check(rows % parts == 0, "data.batch_size", f"a multiple of {parts} microbatches", rows)
+
+
+def to_json(config: Any) -> str:
+    """The config as indented JSON text; `from_json` reads it back to an equal config."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(cls: type[Config], text: str, *, name: str = "config") -> Config:
+    """A config from JSON text.
+
+    Args:
+      cls: the dataclass to build.
+      text: what `to_json` wrote.
+      name: what to call the text in an error, usually its file.
+
+    Returns:
+      An instance of `cls`.
+
+    Raises:
+      ValueError: the text is not JSON, has a key that `cls` does not have, lacks one it needs, or
+        holds a value of the wrong type or range.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: expected JSON, got {error}") from error
+    return _build(cls, data, name)
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Dotted names of the fields in which two configs of one class differ, with both values."""
+    found = []
+    for field in dataclasses.fields(old):
+        name, a, b = prefix + field.name, getattr(old, field.name), getattr(new, field.name)
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
+            found += differences(a, b, name + ".")
+        elif a != b:
+            found.append((name, a, b))
+    return found
+
+
+def _build(cls: Any, data: Any, name: str) -> Any:
+    _check(isinstance(data, dict), name, "an object", data)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in data:
+        _check(key in fields, name, f"keys among {sorted(fields)}", key)
+    hints = typing.get_type_hints(cls)
+    values = {key: _value(hints[key], value, f"{name}.{key}") for key, value in data.items()}
+    for key, field in fields.items():
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        _check(key in data or optional, f"{name}.{key}", "a value", "nothing")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, name)
+    if origin is tuple:
+        _check(isinstance(value, list), name, "a list", value)
+        return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is Literal:
+        _check(value in arguments, name, f"one of {arguments}", value)
+        return value
+    kinds = arguments if origin in (typing.Union, types.UnionType) else (hint,)
+    if float in kinds and type(value) is int:
+        return float(value)
+    _check(type(value) in kinds, name, " or ".join(kind.__name__ for kind in kinds), value)
+    return value

@@ -1,0 +1,195 @@
+"""The training step and the evaluation step: pure functions of arrays, jitted once."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from sinkjax.models.config import DecoderConfig
+from sinkjax.models.decoder import Decoder
+from sinkjax.models.parameters import from_parameters, parameters
+from sinkjax.ops import statistics as formulas
+from sinkjax.ops.losses import cross_entropy
+from sinkjax.ops.outliers import psi
+from sinkjax.sharding import DECODER_RULES, batch_sharding, shardings
+from sinkjax.train.config import RunConfig
+from sinkjax.train.optim import make_optimizer, schedule
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes, as one pytree of arrays (or of their shapes, or shardings).
+
+    Args:
+      params: nested dictionaries, `sinkjax.models.parameters`.
+      opt_state: of the optax chain.
+      step: int32 scalar, steps done.
+      key: typed random key of the run; a step that needs one takes `fold_in(key, step)`.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Any
+    key: Any
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a run; no memory at any size."""
+    shapes = jax.eval_shape(lambda: _initial(config))
+    placed = shardings(shapes, mesh, DECODER_RULES)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        placed,
+    )
+
+
+def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """State at step 0, every parameter made on the devices that keep it.
+
+    The numbers depend on `config.seed`, not on the mesh.
+    """
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(lambda: _initial(config), out_shardings=placed)()
+
+
+def _initial(config: RunConfig) -> TrainState:
+    key = jax.random.key(config.seed)
+    params = parameters(Decoder(config.model, rngs=nnx.Rngs(config.seed)))
+    opt_state = make_optimizer(config.optimizer, config.steps).init(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key)
+
+
+def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any], Any]:
+    r"""Jitted `step(state, batch) -> (state, metrics)`; the state it is given is donated.
+
+    $$ \ell = \frac{1}{\sum_t m_t} \sum_t m_t (\mathrm{nll}_t + z \cdot \mathrm{lse}_t^2)
+       + \text{aux} $$
+
+    With `accumulation_steps` A the batch is cut into A microbatches whose gradients are added one
+    at a time; the sum is over the tokens of the whole batch, so A changes memory, not the loss.
+
+    Args:
+      config: of the run.
+      mesh: where the state lives.
+
+    Returns:
+      A function of a state and a batch (`sinkjax.train.data`). Metrics are scalars: `loss` (what
+      is minimised), `nll` in nats per token, `gradient_norm` before clipping, `learning_rate`.
+    """
+    parts = config.optimizer.accumulation_steps
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    rate = schedule(config.optimizer, config.steps)
+
+    def loss(params: Any, batch: Any, tokens: Array) -> tuple[Array, Array]:
+        output = _apply(config.model, params, batch)
+        mean, parts_of_loss = cross_entropy(
+            output.logits, batch["targets"], batch["loss_mask"], config.optimizer.z_loss
+        )
+        share = parts_of_loss["tokens"] / tokens
+        extra = sum(output.aux.values(), jnp.zeros(())) / parts
+        return mean * share + extra, parts_of_loss["nll"] * share
+
+    def gradients(params: Any, batch: Any) -> tuple[tuple[Array, Array], Any]:
+        tokens = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
+        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+        if parts == 1:
+            return value_and_grad(params, batch, tokens)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, tokens)), None
+
+        # Every device keeps its own rows: microbatch a takes rows a, a + A, a + 2A, ...
+        split = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zero = jnp.zeros(())
+        start = (zero, zero), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, start, split)[0]
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        (value, nll), grads = gradients(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": value,
+            "nll": nll,
+            "gradient_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+        }
+        return TrainState(params, opt_state, state.step + 1, state.key), metrics
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        step,
+        in_shardings=(placed, batch_sharding(mesh)),
+        out_shardings=(placed, whole),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[Any, Any], dict[str, Array]]:
+    """Jitted `step(params, batch) -> numbers`: loss and sink statistics of one batch.
+
+    Args:
+      config: of the run.
+      mesh: where the parameters live.
+
+    Returns:
+      A function of parameters and a batch. `nll` (nats per token) and, from the statistics that
+      the model reduces inside its layers, for the token at position 0 of each row: `importance`
+      [L, N] (mean attention from the queries that see it), `sink_rate` and
+      `sink_rate_normalized` (per sample, `sink_epsilon`, raw and row-normalised weights),
+      `first_token_share` [L], `value_drain` [L], `key_norm_ratio` [L], `residual_peak` [L, 2]
+      (after attention, after MLP); and `entropy` [L, N] in nats, `activation_max` [L, 2],
+      `activation_psi` [L, 2] (mean over rows of largest over median magnitude). With
+      learned sink tokens position 0 is the first of them.
+    """
+
+    def step(params: Any, batch: Any) -> dict[str, Array]:
+        output = _apply(config.model, params, batch, statistics=True)
+        _, loss = cross_entropy(output.logits, batch["targets"], batch["loss_mask"])
+        return {"nll": loss["nll"]} | _sinks(
+            output.statistics, batch["segment_ids"] != 0, config.sink_epsilon
+        )
+
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
+    return jax.jit(
+        step,
+        in_shardings=(placed, batch_sharding(mesh)),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
+
+
+def _apply(config: DecoderConfig, params: Any, batch: Any, statistics: bool = False) -> Any:
+    return from_parameters(config, params)(
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        statistics=statistics,
+    )
+
+
+def _sinks(found: dict[str, Array], real: Array, epsilon: float) -> dict[str, Array]:
+    mass, normalized = found["key_mass"], found["key_mass_normalized"]
+    count = found["key_count"]
+    return {
+        "importance": formulas.importance(mass, count)[..., 0].mean(axis=1),
+        "sink_rate": formulas.sink_rate(mass, count, epsilon),
+        "sink_rate_normalized": formulas.sink_rate(normalized, count, epsilon),
+        "first_token_share": formulas.first_token_share_by_layer(mass, count),
+        "value_drain": formulas.value_norm_drain(found["value_norm"], token_mask=real),
+        "key_norm_ratio": formulas.key_norm_ratio(found["key_norm"], token_mask=real),
+        "residual_peak": formulas.residual_peak(found["residual_norm"], token_mask=real),
+        "entropy": formulas.entropy_by_head(found["entropy"], query_mask=real),
+        "activation_max": found["residual_top"][..., 0].max(axis=1),
+        "activation_psi": psi(found["residual_top"], found["residual_median"]).mean(axis=1),
+    }

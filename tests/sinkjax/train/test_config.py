@@ -1,0 +1,101 @@
+"""Configs survive JSON, and refuse what makes no sense."""
+
+import dataclasses
+import json
+
+import pytest
+import tyro
+
+from sinkjax.models.presets import preset
+from sinkjax.train.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    differences,
+    from_json,
+    to_json,
+)
+
+CONFIG = RunConfig(
+    model=dataclasses.replace(preset("tiny"), windows=(None, 7), scale=0.3),
+    data=DataConfig(files=("a.txt", "b"), max_bytes=1000),
+    optimizer=OptimizerConfig(name="muon", clip_norm=None, no_decay=()),
+    mesh=MeshConfig(data=2, model=3),
+    steps=11,
+)
+
+
+def test_json_round_trip_is_equal_and_hashable():
+    back = from_json(RunConfig, to_json(CONFIG))
+    assert back == CONFIG and hash(back) == hash(CONFIG)
+    assert json.loads(to_json(CONFIG))["model"]["windows"] == [None, 7]
+    # A partial file takes the defaults, and an int stands for a float.
+    partial = from_json(RunConfig, '{"optimizer": {"learning_rate": 1}}')
+    assert partial == RunConfig(optimizer=OptimizerConfig(learning_rate=1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "run: expected JSON"),
+        ("[]", "run: expected an object"),
+        ('{"stepz": 3}', "run: expected keys among .*'steps'.*got 'stepz'"),
+        ('{"optimizer": {"lr": 3}}', "run.optimizer: expected keys among .*got 'lr'"),
+        ('{"steps": "3"}', "run.steps: expected int, got '3'"),
+        ('{"steps": true}', "run.steps: expected int, got True"),
+        ('{"data": {"files": "a"}}', "run.data.files: expected a list"),
+        ('{"data": {"source": "web"}}', "run.data.source: expected one of"),
+        ('{"model": {"vocab_size": 3}}', "run.model.model_dim: expected a value"),
+    ],
+)
+def test_json_that_does_not_fit_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        from_json(RunConfig, text, name="run")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RunConfig(steps=0), "^steps: expected at least 1, got 0"),
+        (lambda: RunConfig(path=""), "^path"),
+        (lambda: RunConfig(seed=-1), "^seed"),
+        (lambda: MeshConfig(data=0), "^mesh.data"),
+        (lambda: MeshConfig(model=0), "^mesh.model"),
+        (lambda: DataConfig(batch_size=0), "^data.batch_size"),
+        (lambda: DataConfig(validation_fraction=1.0), "^data.validation_fraction"),
+        (lambda: DataConfig(max_bytes=0), "^data.max_bytes"),
+        (lambda: OptimizerConfig(learning_rate=0.0), "^optimizer.learning_rate"),
+        (lambda: OptimizerConfig(weight_decay=-0.1), "^optimizer.weight_decay"),
+        (lambda: OptimizerConfig(beta2=1.0), "^optimizer.beta2"),
+        (lambda: OptimizerConfig(accumulation_steps=0), "^optimizer.accumulation_steps"),
+        (
+            lambda: RunConfig(
+                data=DataConfig(batch_size=7), optimizer=OptimizerConfig(accumulation_steps=2)
+            ),
+            "^data.batch_size: expected a multiple of 2 microbatches, got 7",
+        ),
+    ],
+)
+def test_impossible_values_name_the_field(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_differences_are_dotted_names_with_both_values():
+    other = dataclasses.replace(
+        CONFIG, steps=12, optimizer=dataclasses.replace(CONFIG.optimizer, beta1=0.5)
+    )
+    assert differences(CONFIG, other) == [("optimizer.beta1", 0.9, 0.5), ("steps", 11, 12)]
+    assert differences(CONFIG, CONFIG) == []
+
+
+def test_the_dataclasses_are_a_command_line():
+    arguments = ["--steps", "7", "--data.files", "a", "b", "--optimizer.clip-norm", "None"]
+    config = tyro.cli(RunConfig, args=[*arguments, "--model.windows", "None", "5"])
+    assert config == RunConfig(
+        model=dataclasses.replace(preset("tiny"), windows=(None, 5)),
+        data=DataConfig(files=("a", "b")),
+        optimizer=OptimizerConfig(clip_norm=None),
+        steps=7,
+    )

@@ -1,0 +1,127 @@
+"""The jitted steps: right loss, right sums, one compilation."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sinkjax.models.config import DecoderConfig
+from sinkjax.models.parameters import from_parameters
+from sinkjax.ops.losses import token_nll
+from sinkjax.sharding import make_mesh
+from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig
+from sinkjax.train.step import abstract_state, init_state, make_eval_step, make_train_step
+from sinkjax.train.tasks import Backcopy
+
+CONFIG = RunConfig(
+    model=DecoderConfig(
+        vocab_size=65,
+        model_dim=22,
+        num_layers=2,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=10,
+        mlp_dim=17,
+        context_length=13,
+        sinks=True,
+    ),
+    data=DataConfig(source="backcopy", batch_size=6),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=3),
+    steps=40,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(1, 1)
+
+
+def _batch(n, mask=True):
+    batch = Backcopy(13, seed=1).rows(np.arange(6 * n, 6 * n + 6))
+    if mask:  # rows of different weight, so that a mean of means would be wrong
+        batch["loss_mask"] = (np.arange(13) < np.asarray([13, 3, 7, 1, 11, 5])[:, None]) * np.int32(
+            1
+        )
+    return batch
+
+
+def test_loss_is_the_masked_mean_and_falls(mesh):
+    state = init_state(CONFIG, mesh)
+    model = from_parameters(CONFIG.model, jax.tree.map(jnp.copy, state.params))
+    batch = _batch(0)
+    expected = token_nll(model(jnp.asarray(batch["tokens"])).logits, jnp.asarray(batch["targets"]))
+    expected = np.asarray(expected)[batch["loss_mask"] == 1].mean()
+    step = make_train_step(CONFIG, mesh)
+    losses, key = [], np.array(jax.random.key_data(state.key))
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["nll"]))
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.5
+    assert int(state.step) == 40
+    np.testing.assert_array_equal(jax.random.key_data(state.key), key)
+    assert float(metrics["learning_rate"]) == pytest.approx(1e-3, rel=0.05)
+    assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_accumulation_changes_nothing_but_memory(mesh, parts):
+    optimizer = dataclasses.replace(CONFIG.optimizer, z_loss=1e-2)
+    whole = dataclasses.replace(CONFIG, optimizer=optimizer)
+    cut = dataclasses.replace(
+        whole, optimizer=dataclasses.replace(optimizer, accumulation_steps=parts)
+    )
+    results = []
+    for config in (whole, cut):
+        state, metrics = make_train_step(config, mesh)(init_state(config, mesh), _batch(0))
+        results.append((state.opt_state, metrics))
+    # Adam's first update is nearly a sign: compare its moments and the metrics, not the update.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), *results)
+    assert float(results[0][1]["loss"]) > float(results[0][1]["nll"]) + 0.1  # ln(65)^2 / 100
+
+
+def test_the_seed_decides_the_parameters(mesh):
+    one, again = init_state(CONFIG, mesh).params, init_state(CONFIG, mesh).params
+    other = init_state(dataclasses.replace(CONFIG, seed=1), mesh).params
+    jax.tree.map(np.testing.assert_array_equal, one, again)
+    assert (one["embedding"]["embedding"] != other["embedding"]["embedding"]).any()
+
+
+def test_abstract_state_is_the_state_without_its_numbers(mesh):
+    abstract, state = abstract_state(CONFIG, mesh), init_state(CONFIG, mesh)
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    jax.tree.map(
+        lambda a, s: chex.assert_equal((a.shape, a.dtype), (s.shape, s.dtype)), abstract, state
+    )
+
+
+def test_evaluation_measures_the_sink_that_is_there(mesh):
+    """A key of BOS that every query likes makes importance and sink rate 1 in that layer only."""
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, sinks=False, rope_theta=None)
+    )
+    params = init_state(config, mesh).params
+    attention = params["blocks"][1]["attention"]
+    attention["query"]["kernel"] = jnp.zeros_like(attention["query"]["kernel"]).at[0].set(5.0)
+    attention["key"]["kernel"] = jnp.zeros_like(attention["key"]["kernel"]).at[1].set(5.0)
+    attention["value"]["kernel"] = jnp.zeros_like(attention["value"]["kernel"]).at[2].set(1.0)
+    table = jnp.full_like(params["embedding"]["embedding"], 0.1).at[:, 0].set(2.0)
+    table = table.at[:, 1].set(0.0).at[:, 2].set(3.0)
+    params["embedding"]["embedding"] = table.at[64, 1].set(2.0).at[64, 2].set(0.3)
+    for block in params["blocks"].values():  # the residual stream is the embedding
+        block["attention"]["out"]["kernel"] *= 0.0
+        block["mlp"]["down"]["kernel"] *= 0.0
+    found = make_eval_step(config, mesh)(params, _batch(0, mask=False))
+    importance = np.asarray(found["importance"])
+    assert importance.shape == (2, 3)
+    np.testing.assert_allclose(importance[1], 1.0, atol=1e-3)
+    assert importance[0].max() < 0.35  # about uniform: H_13 / 13 = 0.245
+    assert float(found["sink_rate"]) == pytest.approx(0.5)
+    assert float(found["first_token_share"][1]) == pytest.approx(1.0, abs=1e-3)
+    assert float(found["value_drain"][1]) < 0.2
+    assert found["residual_peak"].shape == found["activation_psi"].shape == (2, 2)
+    assert np.asarray(found["entropy"])[1].max() < 0.1 < np.asarray(found["entropy"])[0].min()
+    assert float(found["activation_max"].max()) == pytest.approx(3.0)
