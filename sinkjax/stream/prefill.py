@@ -1,0 +1,86 @@
+"""A prompt of any length through a model, in chunks of one size: one compilation for all."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from sinkjax.cache import Cache
+
+
+def prefill(
+    model: Any,
+    cache: Cache,
+    tokens: ArrayLike | Sequence[Sequence[int]],
+    *,
+    lengths: ArrayLike | Sequence[int] | None = None,
+    chunk_size: int = 256,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """The logits that follow each row's last token, and the cache after it.
+
+    The result does not depend on `chunk_size`, and memory does not depend on the number of tokens.
+    The last chunk is padded, so every prompt length runs the same compiled program.
+
+    Args:
+        model: called as `model(tokens, positions=…, cache=…)`.
+        cache: with B rows, of any age each. It is donated: use the one that comes back.
+        tokens: [B, T] ids.
+        lengths: [B], how many tokens of each row count; None is all.
+        chunk_size: tokens per step.
+
+    Returns:
+        logits [B, V] (0 for a row of length 0) and the cache.
+
+    Raises:
+        ValueError: no tokens, shapes that do not fit, or a cache without room.
+    """
+    ids = np.asarray(tokens)
+    rows = cache.time.shape[0]
+    if ids.ndim != 2 or ids.shape[0] != rows or ids.shape[1] == 0:
+        raise ValueError(f"tokens: expected [B, T] with B={rows} and T > 0, got {ids.shape}")
+    counts = np.full(rows, ids.shape[1]) if lengths is None else np.asarray(lengths)
+    if counts.shape != (rows,) or counts.min() < 0 or counts.max() > ids.shape[1]:
+        raise ValueError(
+            f"lengths: expected {rows} numbers of 0 to T={ids.shape[1]}, got {counts.tolist()}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    cache.require_room(counts)
+    graph, parameters = nnx.split(model)
+    run = _chunk(graph)
+    logits = None
+    for start in range(0, int(counts.max()), chunk_size):
+        part = np.zeros((rows, chunk_size), np.int32)
+        have = ids[:, start : start + chunk_size]
+        part[:, : have.shape[1]] = have
+        valid = np.clip(counts - start, 0, chunk_size).astype(np.int32)
+        last, cache = run(parameters, cache, part, valid)
+        some = valid[:, None] > 0
+        logits = last if logits is None else jnp.where(some, last, logits)
+    if logits is None:
+        raise ValueError("lengths: expected at least one token in some row, got none")
+    return jnp.where(counts[:, None] > 0, logits, 0), cache
+
+
+@functools.lru_cache(maxsize=16)
+def _chunk(graph: nnx.GraphDef) -> Callable:
+    """The jitted step of a model; kept per model structure so that a chat compiles once."""
+
+    @functools.partial(jax.jit, donate_argnames=("cache",))
+    def run(parameters, cache, tokens, valid):
+        model = nnx.merge(graph, parameters)
+        length = tokens.shape[1]
+        positions = jnp.where(jnp.arange(length) < valid[:, None], cache.next_positions(length), -1)
+        output = model(tokens, positions=positions, cache=cache)
+        last = jnp.maximum(valid - 1, 0)[:, None, None]
+        # The logits of all other tokens are never computed: jit drops them.
+        hidden = jnp.take_along_axis(output.hidden, last, axis=1)
+        return model.head(hidden)[:, 0], output.cache
+
+    return run
