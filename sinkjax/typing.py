@@ -1,4 +1,4 @@
-"""The letters of the shapes, and names for the arrays that cross most borders.
+"""The letters of the shapes, and names for what crosses most borders: arrays and tokenizers.
 
 One letter per dimension, the same in annotations, einsum strings and names of local variables:
 
@@ -14,8 +14,10 @@ Activations are `[B, T, N, H]`, cache leaves `[B, K, C, H]`. A local variable ma
 a suffix (`q_BTNH`); public arguments have plain names and carry it in their annotation.
 """
 
-from typing import TypeAlias
+from collections.abc import Iterable
+from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Tokens: TypeAlias = Int[Array, "B T"]
@@ -38,3 +40,47 @@ KeyValueHeads: TypeAlias = Float[Array, "B S K H"]
 
 Logits: TypeAlias = Float[Array, "B T V"]
 """Unnormalised log-probabilities of the next token."""
+
+
+@runtime_checkable
+class StreamDecoder(Protocol):
+    """Turns ids that arrive one at a time into text that is never cut inside a character."""
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """The part of a tokenizer that analysis needs; `encode` gives ids without BOS."""
+
+    @property
+    def bos_id(self) -> int: ...
+
+    def encode(self, text: str) -> Any: ...
+
+
+@runtime_checkable
+class StreamTokenizer(TextEncoder, Protocol):
+    """The part of a tokenizer that a stream needs."""
+
+    def stream_decoder(self) -> StreamDecoder: ...
+
+
+@runtime_checkable
+class Tokenizer(StreamTokenizer, Protocol):
+    """All of a tokenizer: what the data pipeline asks of it.
+
+    `vocab_size` counts BOS and leaves out learned sink tokens: those are the last ids of the
+    *model's* vocabulary and come after everything named here.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def encode_bytes(self, content: bytes) -> np.ndarray: ...
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str: ...

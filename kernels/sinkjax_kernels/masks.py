@@ -197,8 +197,9 @@ def build(
     segments_k = _row("key_segment_ids", key_segment_ids, B, S)
     positions_k = _per_head("key_positions", key_positions, B, S, K)
     is_sink = _per_head("key_is_sink", key_is_sink, B, S, K)
-    index = positions_k
-    if positions_k is None:
+    if positions_k is not None:
+        index = positions_k
+    else:
         positions_k = index = jnp.arange(S, dtype=jnp.int32)[None, None]
         if segments_k is not None:
             index = _index_within_segment(segments_k)[:, None]

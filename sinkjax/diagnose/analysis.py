@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +14,7 @@ from sinkjax.diagnose.capture import capturable
 from sinkjax.diagnose.metrics import ENTRIES, METRICS, Observation, Settings
 from sinkjax.diagnose.report import Report
 from sinkjax.models import Decoder
-
-
-@runtime_checkable
-class TextEncoder(Protocol):
-    """The part of a tokenizer that analysis needs."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    def encode(self, text: str) -> Any: ...
+from sinkjax.typing import TextEncoder
 
 
 def analyze(

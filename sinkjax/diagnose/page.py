@@ -11,8 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sinkjax.diagnose.files import write_whole
 from sinkjax.diagnose.report import Report, number
+from sinkjax.files import write_whole
 
 _DPI = 160  # twice a plain screen's 80 dots per inch: sharp on dense screens, small in bytes
 
@@ -147,10 +147,15 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _figure(caption: str, figure: Figure) -> str:
+def png(figure: Figure) -> bytes:
+    """A figure as the content of a PNG file, sharp on dense screens."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
+
+
+def _figure(caption: str, figure: Figure) -> str:
+    data = base64.b64encode(png(figure)).decode("ascii")
     # Shown at its size in inches, so that text in all figures is equally large.
     width = round(figure.get_size_inches()[0] * 96)
     alt = escape(caption, quote=True)

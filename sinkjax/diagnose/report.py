@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sinkjax.diagnose.files import write_whole
 from sinkjax.diagnose.metrics import ENTRIES
+from sinkjax.files import write_whole
+from sinkjax.strict_json import plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +85,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for strict JSON; numbers that are not finite become "inf", "-inf", "nan"."""
         return {
-            "scalars": {name: _plain(value) for name, value in self.scalars.items()},
-            "arrays": {name: _plain(value.tolist()) for name, value in self.arrays.items()},
-            "metadata": _plain(dict(self.metadata)),
+            "scalars": plain(self.scalars, not_finite=str),
+            "arrays": plain(self.arrays, not_finite=str),
+            "metadata": plain(self.metadata, not_finite=str),
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
@@ -137,13 +138,3 @@ _COLUMNS = (
     ("kurtosis_bondarenko", "kurtosis", _last),
     ("anisotropy", "anisotropy", np.mean),
 )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

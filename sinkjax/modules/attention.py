@@ -18,6 +18,7 @@ from sinkjax.ops.attention import (
     dot_product_attention,
 )
 from sinkjax.ops.gates import elementwise_gate, headwise_gate
+from sinkjax.ops.precision import at_least_float32
 from sinkjax.ops.rope import Rope, rotate
 from sinkjax_kernels.normalizers import Softmax
 from sinkjax_kernels.normalizers import resolve as resolve_normalizer
@@ -285,6 +286,5 @@ class Attention(nnx.Module):
 
 
 def _head_norm(x: Float[Array, "B S K H"]) -> Float[Array, "B K S"]:
-    x = jax.lax.stop_gradient(x)
-    norm = jnp.linalg.norm(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=-1)
+    norm = jnp.linalg.norm(at_least_float32(jax.lax.stop_gradient(x)), axis=-1)
     return norm.swapaxes(1, 2)

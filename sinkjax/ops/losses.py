@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from sinkjax.ops.precision import at_least_float32
+
 
 def _nll_and_lse(logits: Array, targets: Array) -> tuple[Array, Array]:
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets: expected shape {logits.shape[:-1]}, got {targets.shape}")
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = at_least_float32(logits)
     lse = jax.nn.logsumexp(wide, axis=-1)
     # A target outside the vocabulary gives NaN, not the loss of some other token.
     chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1, mode="fill")[..., 0]

@@ -9,9 +9,7 @@ published kurtoses carry three names, because their numbers are not comparable.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-
-def _at_least_float32(x: Array) -> Array:
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+from sinkjax.ops.precision import at_least_float32
 
 
 def from_hidden(hidden: Float[Array, "*lead T D"]) -> dict[str, Array]:
@@ -25,7 +23,7 @@ def from_hidden(hidden: Float[Array, "*lead T D"]) -> dict[str, Array]:
         "norm" [*lead, T], "top" [*lead, 3] (largest first), "median" [*lead].
     Source: Sun et al. 2402.17762, `main_llm.py --exp2`.
     """
-    hidden = _at_least_float32(hidden)
+    hidden = at_least_float32(hidden)
     flat = jnp.sort(jnp.abs(hidden).reshape(*hidden.shape[:-2], -1), axis=-1)
     return {
         "norm": jnp.linalg.norm(hidden, axis=-1),
@@ -50,7 +48,7 @@ def massive_activations(
         Mask of the massive entries.
     Source: Sun et al. 2402.17762 §2 (the authors call the criterion loose).
     """
-    size = jnp.abs(_at_least_float32(hidden))
+    size = jnp.abs(at_least_float32(hidden))
     median = jnp.median(size.reshape(*size.shape[:-2], -1), axis=-1)[..., None, None]
     return (size > absolute) & (size >= ratio * median)
 
@@ -117,7 +115,7 @@ def max_inf_norm(hidden: Float[Array, "M B T D"]) -> Float[Array, ""]:
         Scalar, in units of the activations.
     Source: Bondarenko et al. 2306.12929, `validate_clm.py`.
     """
-    return jnp.max(jnp.mean(jnp.max(jnp.abs(_at_least_float32(hidden)), axis=(-2, -1)), axis=-1))
+    return jnp.max(jnp.mean(jnp.max(jnp.abs(at_least_float32(hidden)), axis=(-2, -1)), axis=-1))
 
 
 # --- kurtosis: three incompatible definitions
@@ -136,7 +134,7 @@ def kurtosis_bondarenko(hidden: Float[Array, "*lead T D"]) -> Float[Array, "*lea
         Kurtosis per leading index (not excess).
     Source: Bondarenko et al. 2306.12929, `transformers_language/utils.py`.
     """
-    flat = _at_least_float32(hidden).reshape(*hidden.shape[:-2], -1)
+    flat = at_least_float32(hidden).reshape(*hidden.shape[:-2], -1)
     centred = flat - jnp.mean(flat, axis=-1, keepdims=True)
     return jnp.mean(centred**4, axis=-1) / (jnp.std(flat, axis=-1, ddof=1) ** 4 + 1e-6)
 
@@ -155,7 +153,7 @@ def kurtosis_osp(
         Excess kurtosis per leading index, never negative.
     Source: OSP 2506.19697, `evaluate_kurtosis.py` (torch's default, unbiased std).
     """
-    hidden = _at_least_float32(hidden)
+    hidden = at_least_float32(hidden)
     fourth = jnp.mean(hidden**4, axis=-1)
     deviation = jnp.std(hidden, axis=-1, ddof=1) ** 4
     ratio = jnp.where(deviation > 0, fourth / jnp.where(deviation > 0, deviation, 1.0), 0.0)
@@ -175,7 +173,7 @@ def kurtosis_pooled(hidden: Float[Array, "..."], excess: bool = False) -> Float[
         Scalar.
     Source: softpick 2504.20966 §4 (axes and excess not stated there).
     """
-    hidden = _at_least_float32(hidden)
+    hidden = at_least_float32(hidden)
     centred = hidden - jnp.mean(hidden)
     variance = jnp.mean(centred**2)
     value = jnp.mean(centred**4) / jnp.where(variance > 0, variance, 1.0) ** 2
@@ -187,7 +185,7 @@ def kurtosis_pooled(hidden: Float[Array, "..."], excess: bool = False) -> Float[
 
 def _squared_singular_values(hidden: Array) -> Array:
     """Descending, from the smaller of the two Gram matrices; tiny negatives are clipped."""
-    hidden = _at_least_float32(hidden)
+    hidden = at_least_float32(hidden)
     if hidden.shape[-2] > hidden.shape[-1]:
         hidden = jnp.swapaxes(hidden, -1, -2)
     gram = jnp.einsum("...td,...sd->...ts", hidden, hidden, precision="highest")

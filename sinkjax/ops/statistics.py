@@ -25,12 +25,8 @@ from sinkjax.ops.outliers import max_inf_norm as max_inf_norm
 from sinkjax.ops.outliers import outlier_token_rate as outlier_token_rate
 from sinkjax.ops.outliers import psi as psi
 from sinkjax.ops.outliers import top_over_median as top_over_median
-
-_ROW_FLOOR = 1e-8  # Gu et al., added to the sum of |weights| before a row is divided by it
-
-
-def _at_least_float32(x: Array) -> Array:
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+from sinkjax.ops.precision import at_least_float32
+from sinkjax_kernels.statistics.reference import reduce_weights
 
 
 def _check_order(order: str) -> None:
@@ -73,22 +69,15 @@ def from_weights(
         The entries named above: `[*lead, S]` per key and `[*lead, T]` per query, float32 at least.
     Source: 2410.10781 (proxy scores: `lit_gpt/inference/model_attn_kernel_infer.py`).
     """
-    weights = _at_least_float32(weights)
+    weights = at_least_float32(weights)
     num_queries, num_keys = weights.shape[-2:]
     if where is None:
         where = jnp.tri(num_queries, num_keys, dtype=bool)
     where = jnp.broadcast_to(where, weights.shape)
     weights = jnp.where(where, weights, 0.0)
-    magnitude = jnp.abs(weights)
-    share = magnitude / (jnp.sum(magnitude, axis=-1, keepdims=True) + _ROW_FLOOR)
-    log_share = jnp.log(jnp.where(share > 0, share, 1.0))
-    return {
-        "key_mass": jnp.sum(weights, axis=-2),
-        "key_mass_normalized": jnp.sum(share, axis=-2),
-        "key_count": jnp.sum(where, axis=-2).astype(weights.dtype),
-        "row_mass": jnp.sum(weights, axis=-1),
-        "entropy": -jnp.sum(share * log_share, axis=-1),
-    }
+    # Weights from anywhere come without their logits and without their sink.
+    found = reduce_weights(weights, where, weights, jnp.zeros(weights.shape[:-1], weights.dtype))
+    return {k: x for k, x in found._asdict().items() if k not in ("sink_mass", "max_logit")}
 
 
 # --- attention to one key
@@ -359,7 +348,7 @@ def key_cosines(
     """
     length, groups = key.shape[-3], query.shape[-2] // key.shape[-2]
     _check_position(position, length)
-    query, key = _at_least_float32(query), _at_least_float32(key)
+    query, key = at_least_float32(query), at_least_float32(key)
     key = jnp.repeat(key, groups, axis=-2)
     query = query / (jnp.linalg.norm(query, axis=-1, keepdims=True) + 1e-30)
     key = key / (jnp.linalg.norm(key, axis=-1, keepdims=True) + 1e-30)
@@ -386,7 +375,7 @@ def gate_statistics(gate: Float[Array, "..."]) -> dict[str, Float[Array, ""]]:
         "mean" and "zero_fraction", scalars.
     Source: Qiu et al. 2505.06708 ("gate score": .116 element-wise, .172 head-wise).
     """
-    gate = _at_least_float32(gate)
+    gate = at_least_float32(gate)
     return {"mean": jnp.mean(gate), "zero_fraction": jnp.mean((gate == 0).astype(gate.dtype))}
 
 
@@ -404,5 +393,5 @@ def dead_heads(
         One flag per head.
     Source: softpick 2504.20966 (9.1 % of heads at 340M).
     """
-    silent = jnp.max(jnp.abs(_at_least_float32(head_output)), axis=-1) < floor
+    silent = jnp.max(jnp.abs(at_least_float32(head_output)), axis=-1) < floor
     return jnp.mean(silent.astype(jnp.float32), axis=(-3, -2)) >= tokens

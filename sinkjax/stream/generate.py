@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,30 +13,10 @@ from sinkjax.cache import Full, SinkWindow
 from sinkjax.stream.prefill import prefill
 from sinkjax.stream.sampler import Sampler
 from sinkjax.stream.session import Session
+from sinkjax.typing import StreamTokenizer
 
 TAIL = 16
 """Drawn tokens that a session keeps for its text decoder; no character is longer."""
-
-
-@runtime_checkable
-class StreamDecoder(Protocol):
-    """Turns ids that come one at a time into text never cut inside a character."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What a stream asks of a tokenizer."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    def encode(self, text: str) -> Any: ...
-
-    def stream_decoder(self) -> StreamDecoder: ...
 
 
 class Statistics(NamedTuple):
@@ -74,7 +54,7 @@ def generate(
     seed: int | None = None,
     max_new_tokens: int | None = None,
     stop_tokens: Collection[int] = (),
-    tokenizer: Tokenizer | None = None,
+    tokenizer: StreamTokenizer | None = None,
     chunk_size: int = 256,
 ) -> Iterator[Event]:
     """Continue a prompt, token by token, for ever or until told to stop.

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from sinkjax.ops.precision import at_least_float32
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -49,7 +51,7 @@ class Sampler:
             logits: of the next token.
             forbidden: ids that are never drawn.
         """
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = at_least_float32(logits)
         if forbidden:
             logits = logits.at[..., jnp.asarray(forbidden)].set(-jnp.inf)
         if self.temperature == 0:

@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import os
-import tempfile
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from sinkjax.cache import Cache, Full, LayerSpec, SinkWindow, create
+from sinkjax.files import open_whole
 
 FORMAT = 1
 _DESCRIPTIONS = {"SinkWindow": SinkWindow, "Full": Full}
@@ -100,17 +99,8 @@ class Session:
             for index, leaf in enumerate(jax.tree.leaves(cache))
         }
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
-        target = Path(path)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, **arrays)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        with open_whole(path) as file:
+            np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Session":

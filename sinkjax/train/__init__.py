@@ -9,15 +9,15 @@ from sinkjax.train.config import DataConfig as DataConfig
 from sinkjax.train.config import MeshConfig as MeshConfig
 from sinkjax.train.config import OptimizerConfig as OptimizerConfig
 from sinkjax.train.config import RunConfig as RunConfig
-from sinkjax.train.config import from_json as from_json
-from sinkjax.train.config import to_json as to_json
+from sinkjax.strict_json import from_json as from_json
+from sinkjax.strict_json import to_json as to_json
 
 # Data
 from sinkjax.train.data import load_data as load_data
 from sinkjax.train.tasks import Backcopy as Backcopy
 from sinkjax.train.tokenizer import ByteTokenizer as ByteTokenizer
-from sinkjax.train.tokenizer import Tokenizer as Tokenizer
 from sinkjax.train.tokenizer import load_tokenizer as load_tokenizer
+from sinkjax.typing import Tokenizer as Tokenizer
 
 # The comparison of attention variants on Bigram-Backcopy
 from sinkjax.train.backcopy import VARIANTS as VARIANTS

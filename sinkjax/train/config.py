@@ -1,15 +1,10 @@
 """What a training run is: frozen dataclasses that are the command line, the JSON and the call."""
 
 import dataclasses
-import json
-import types
-import typing
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.presets import preset
-
-Config = TypeVar("Config")
 
 # Parameters that weight decay leaves alone: norm gains, sink logits and attention gates are few,
 # one-sided and not matrices that mix features. `mlp/gate` is an ordinary matrix and decays.
@@ -194,33 +189,6 @@ class RunConfig:
         _check(rows % parts == 0, "data.batch_size", f"a multiple of {parts} microbatches", rows)
 
 
-def to_json(config: Any) -> str:
-    """The config as indented JSON text; `from_json` reads it back to an equal config."""
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def from_json(cls: type[Config], text: str, *, name: str = "config") -> Config:
-    """A config from JSON text.
-
-    Args:
-      cls: the dataclass to build.
-      text: what `to_json` wrote.
-      name: what to call the text in an error, usually its file.
-
-    Returns:
-      An instance of `cls`.
-
-    Raises:
-      ValueError: the text is not JSON, has a key that `cls` does not have, lacks one it needs, or
-        holds a value of the wrong type or range.
-    """
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name}: expected JSON, got {error}") from error
-    return _build(cls, data, name)
-
-
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Dotted names of the fields in which two configs of one class differ, with both values."""
     found = []
@@ -231,33 +199,3 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, An
         elif a != b:
             found.append((name, a, b))
     return found
-
-
-def _build(cls: Any, data: Any, name: str) -> Any:
-    _check(isinstance(data, dict), name, "an object", data)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in data:
-        _check(key in fields, name, f"keys among {sorted(fields)}", key)
-    hints = typing.get_type_hints(cls)
-    values = {key: _value(hints[key], value, f"{name}.{key}") for key, value in data.items()}
-    for key, field in fields.items():
-        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        _check(key in data or optional, f"{name}.{key}", "a value", "nothing")
-    return cls(**values)
-
-
-def _value(hint: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, name)
-    if origin is tuple:
-        _check(isinstance(value, list), name, "a list", value)
-        return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        _check(value in arguments, name, f"one of {arguments}", value)
-        return value
-    kinds = arguments if origin in (typing.Union, types.UnionType) else (hint,)
-    if float in kinds and type(value) is int:
-        return float(value)
-    _check(type(value) in kinds, name, " or ".join(kind.__name__ for kind in kinds), value)
-    return value

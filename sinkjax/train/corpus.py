@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sinkjax.train.tokenizer import Tokenizer
+from sinkjax.typing import Tokenizer
 
 # Folders of the standard library that hold tests or what somebody installed.
 _NOT_STDLIB = {"test", "tests", "site-packages", "dist-packages", "idle_test", "__pycache__"}

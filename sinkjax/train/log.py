@@ -1,31 +1,14 @@
 """What a run tells: `metrics.jsonl` for programs, a progress line for people."""
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary name, then renamed.
-
-    Raises:
-      OSError: it could not be written; the old file, if any, is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+from sinkjax.files import write_whole
+from sinkjax.strict_json import plain
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -52,7 +35,7 @@ class MetricsLog:
         self._path = path
         self._writes = jax.process_index() == 0
         if self._writes:
-            write_atomically(path, "".join(map(_line, self.records)))
+            write_whole(path, "".join(map(_line, self.records)))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; arrays become lists, and what is not finite becomes null.
@@ -60,7 +43,7 @@ class MetricsLog:
         Raises:
           OSError: the line did not fit; the file ends with the line before it.
         """
-        record = {key: _plain(value) for key, value in record.items()}
+        record = plain(record)
         self.records.append(record)
         if not self._writes:
             return
@@ -118,11 +101,3 @@ class Progress:
 
 def _line(record: dict[str, Any]) -> str:
     return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        value = np.asarray(value).tolist()
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from sinkjax.files import write_whole
 from sinkjax.models.decoder import Decoder
 from sinkjax.models.parameters import from_parameters
 from sinkjax.sharding import batch_sharding, make_mesh
+from sinkjax.strict_json import from_json, to_json
 from sinkjax.train.checkpoint import Checkpoints
-from sinkjax.train.config import RunConfig, differences, from_json, to_json
+from sinkjax.train.config import RunConfig, differences
 from sinkjax.train.data import Batch, iterate, load_data
-from sinkjax.train.log import MetricsLog, Progress, read_metrics, write_atomically
+from sinkjax.train.log import MetricsLog, Progress, read_metrics
 from sinkjax.train.step import abstract_state, init_state, make_eval_step, make_train_step
 
 logger = logging.getLogger("sinkjax.train")
@@ -185,8 +187,7 @@ def _open_folder(folder: Path, config: RunConfig) -> None:
     if jax.process_index() == 0:
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "path: expected a folder", str(folder))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, to_json(config))
+        write_whole(file, to_json(config))
 
 
 def _place(batch: Batch, mesh: Mesh) -> Any:

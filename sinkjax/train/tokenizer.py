@@ -3,44 +3,14 @@
 import codecs
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, SupportsIndex, runtime_checkable
+from typing import SupportsIndex
 
 import numpy as np
 
+from sinkjax.typing import StreamDecoder, Tokenizer
+
 # Names under which released tokenizers keep their beginning-of-text token, in the order they are tried.
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]")
-
-
-@runtime_checkable
-class StreamDecoder(Protocol):
-    """Turns ids that arrive one at a time into text that is never cut inside a character."""
-
-    def push(self, token: int) -> str: ...
-
-    def flush(self) -> str: ...
-
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What data pipeline and stream ask of a tokenizer.
-
-    `vocab_size` counts BOS and leaves out learned sink tokens: those are the last ids of the
-    *model's* vocabulary and come after everything named here.
-    """
-
-    @property
-    def bos_id(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> np.ndarray: ...
-
-    def encode_bytes(self, content: bytes) -> np.ndarray: ...
-
-    def decode(self, ids: Iterable[SupportsIndex]) -> str: ...
-
-    def stream_decoder(self) -> StreamDecoder: ...
 
 
 class ByteTokenizer:

@@ -34,6 +34,16 @@ def logits_and_mask(
     return logits, visible if mask is None else visible & mask
 
 
+def sinks_by_row(
+    sinks: Float[Array, " N"] | Float[Array, "B T N"] | None, logits: Float[Array, "B N T S"]
+) -> Float[Array, "B N T"] | None:
+    """The sink logit of each row of logits."""
+    if sinks is None:
+        return None
+    sinks = sinks[:, None] if sinks.ndim == 1 else sinks.swapaxes(1, 2)  # [N, 1] or [B, N, T]
+    return jnp.broadcast_to(sinks, logits.shape[:-1])
+
+
 def attention_weights(
     query, key, bias, mask, visibility: Visibility, sinks, *, normalizer, scale, logits_soft_cap
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B T N"] | None]:
@@ -41,9 +51,7 @@ def attention_weights(
     logits, visible = logits_and_mask(
         query, key, bias, mask, visibility, scale=scale, logits_soft_cap=logits_soft_cap
     )
-    if sinks is not None:
-        sinks = sinks[:, None] if sinks.ndim == 1 else sinks.swapaxes(1, 2)  # [N, 1] or [B, N, T]
-        sinks = jnp.broadcast_to(sinks, logits.shape[:-1])
+    sinks = sinks_by_row(sinks, logits)
     weights, lse = normalizers.weights(normalizer, logits, visible, sinks=sinks)
     return weights, None if lse is None else lse.swapaxes(1, 2)
 

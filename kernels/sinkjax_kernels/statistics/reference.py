@@ -43,15 +43,15 @@ def reduce_weights(
     sink_mass: Float[Array, "*heads T"],
 ) -> AttentionStatistics:
     """The statistics of some rows; those over queries add up over blocks of rows."""
-    row_mass = weights.sum(-1)
-    shares = weights / (row_mass[..., None] + TINY)
+    size = jnp.abs(weights)
+    shares = size / (size.sum(-1, keepdims=True) + TINY)
     # p ln p → 0 as p → 0; the inner `where` keeps the logarithm finite there.
     surprise = shares * jnp.log(jnp.where(shares > 0, shares, 1))
     return AttentionStatistics(
         key_mass=weights.sum(-2),
         key_mass_normalized=shares.sum(-2),
         key_count=where.sum(-2).astype(weights.dtype),
-        row_mass=row_mass,
+        row_mass=weights.sum(-1),
         sink_mass=sink_mass,
         entropy=-surprise.sum(-1),
         max_logit=jnp.max(logits, axis=-1, where=where, initial=-jnp.inf),
@@ -88,9 +88,7 @@ def attention_statistics(
     logits, where = flash.logits_and_mask(
         query, key, bias, mask, visibility, scale=scale, logits_soft_cap=logits_soft_cap
     )
-    if sinks is not None:
-        sinks = sinks[:, None] if sinks.ndim == 1 else sinks.swapaxes(1, 2)
-        sinks = jnp.broadcast_to(sinks, logits.shape[:-1])
+    sinks = flash.sinks_by_row(sinks, logits)
     if lse is not None and normalizer.has_log_sum_exp:
         lse = lse.swapaxes(1, 2)
         safe = jnp.where(lse == -jnp.inf, 0, lse)

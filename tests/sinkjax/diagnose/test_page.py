@@ -2,11 +2,11 @@
 
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sinkjax import files
 from sinkjax.diagnose import Report, Section, plots, write_report
 from sinkjax.diagnose.report import number
 
@@ -91,12 +91,10 @@ def test_a_failed_write_leaves_the_old_page_and_nothing_else(tmp_path, monkeypat
     path = write_report(None, {}, tmp_path / "x.html", [Section("old")])
     before = path.read_text()
 
-    def half(self, text, encoding):
-        with open(self, "w") as file:
-            file.write(text[:10])
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left.*x.html"):
         write_report(None, {}, path, [Section("new")])
     assert path.read_text() == before

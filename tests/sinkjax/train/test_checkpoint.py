@@ -11,8 +11,9 @@ from sinkjax.models.config import DecoderConfig
 from sinkjax.models.parameters import parameters
 from sinkjax.models.storage import load
 from sinkjax.sharding import make_mesh
+from sinkjax.strict_json import to_json
 from sinkjax.train.checkpoint import Checkpoints
-from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig, to_json
+from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig
 from sinkjax.train.data import batches, iterate
 from sinkjax.train.step import abstract_state, init_state
 from sinkjax.train.tasks import Backcopy

@@ -7,14 +7,13 @@ import pytest
 import tyro
 
 from sinkjax.models.presets import preset
+from sinkjax.strict_json import from_json, to_json
 from sinkjax.train.config import (
     DataConfig,
     MeshConfig,
     OptimizerConfig,
     RunConfig,
     differences,
-    from_json,
-    to_json,
 )
 
 CONFIG = RunConfig(
@@ -38,15 +37,11 @@ def test_json_round_trip_is_equal_and_hashable():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "run: expected JSON"),
-        ("[]", "run: expected an object"),
-        ('{"stepz": 3}', "run: expected keys among .*'steps'.*got 'stepz'"),
-        ('{"optimizer": {"lr": 3}}', "run.optimizer: expected keys among .*got 'lr'"),
-        ('{"steps": "3"}', "run.steps: expected int, got '3'"),
-        ('{"steps": true}', "run.steps: expected int, got True"),
+        ('{"stepz": 3}', "run: unknown keys stepz; expected some of .*steps"),
+        ('{"optimizer": {"lr": 3}}', "run.optimizer: unknown keys lr; .*learning_rate"),
         ('{"data": {"files": "a"}}', "run.data.files: expected a list"),
         ('{"data": {"source": "web"}}', "run.data.source: expected one of"),
-        ('{"model": {"vocab_size": 3}}', "run.model.model_dim: expected a value"),
+        ('{"model": {"vocab_size": 3}}', "run.model: expected the key 'model_dim'"),
     ],
 )
 def test_json_that_does_not_fit_is_named(text, message):

@@ -1,14 +1,12 @@
 """metrics.jsonl holds whole lines, and only those of the run that goes on."""
 
-import errno
 import json
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sinkjax.train import log as module
-from sinkjax.train.log import MetricsLog, Progress, read_metrics, write_atomically
+from sinkjax.train.log import MetricsLog, Progress, read_metrics
 
 
 def test_records_become_plain_json_lines(tmp_path):
@@ -38,19 +36,6 @@ def test_resuming_cuts_back_to_the_step_and_drops_a_torn_line(tmp_path):
         '{"step": 8, "new": true}',
     ]
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "config.json"
-    write_atomically(path, "old")
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left.*config.json"):
-        write_atomically(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_only_process_zero_writes(tmp_path, monkeypatch):

@@ -13,7 +13,8 @@ import pytest
 
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.storage import load
-from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig, from_json, to_json
+from sinkjax.strict_json import from_json, to_json
+from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig
 from sinkjax.train.log import read_metrics
 from sinkjax.train.loop import fit
 

@@ -1,0 +1,7 @@
+"""`python -m sinkjax.cli` is `sinkjax`."""
+
+import sys
+
+from sinkjax.cli.entry import main
+
+sys.exit(main())

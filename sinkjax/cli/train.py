@@ -1,0 +1,96 @@
+"""`sinkjax train`: a run folder from flags."""
+
+import dataclasses
+import json
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sinkjax.cli.record import environment, write_json
+from sinkjax.models import PRESETS, count, preset
+from sinkjax.train.config import RunConfig
+
+# tyro does not wrap a description: every paragraph fits 80 columns.
+_ABOUT = """Train a model, or go on with a run that was interrupted or killed.
+
+The preset gives the defaults of --model.*, and flags override them.
+
+Ctrl-C saves and says how to go on. The numbers at the end: OUT/summary.json.
+"""
+_PRESET = Annotated[
+    str,
+    tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}", help="model whose shape is the default."),
+]
+
+
+def _train() -> type:
+    """`RunConfig` with the preset in front, and its folder called --out as in every command."""
+    fields: list[Any] = [("preset", _PRESET, dataclasses.field(default="tiny"))]
+    for field in dataclasses.fields(RunConfig):
+        kind: Any = field.type
+        if field.name == "path":
+            kind = Annotated[str, tyro.conf.arg(name="out")]
+        given = {"default": field.default, "default_factory": field.default_factory}
+        fields.append((field.name, kind, dataclasses.field(**given)))
+    arguments = (RunConfig.__doc__ or "").partition("Args:")[2]
+    about = {"__doc__": f"{_ABOUT}\nArgs:{arguments}"}
+    return dataclasses.make_dataclass("Train", fields, frozen=True, namespace=about)
+
+
+Train = _train()
+
+
+def default(argv: Sequence[str]) -> Any:
+    """What the flags override: the config of the preset that they name.
+
+    Raises:
+      ValueError: there is no such preset; lists the choices.
+    """
+    name = "tiny"
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--preset":
+            name = following
+        elif word.startswith("--preset="):
+            name = word.partition("=")[2]
+    return Train(preset=name, model=preset(name))
+
+
+def run(config: Any) -> int:
+    """Train, say what came out, and leave it in `summary.json` of the run folder.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C; the run is saved.
+    """
+    started = time.perf_counter()
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    wanted = RunConfig(**{name: getattr(config, name) for name in names})
+    from sinkjax.train.loop import fit
+
+    done = fit(wanted)
+    if done.interrupted:
+        raise KeyboardInterrupt
+    validation = [record for record in done.metrics if record["split"] == "validation"][-1]
+    parameters = count(wanted.model)
+    summary = done.path / "summary.json"
+    if not _tells_of(summary, done.step):  # a finished run keeps its seconds
+        numbers = {"steps": done.step, "parameters": parameters, "validation": validation}
+        write_json(summary, numbers | environment(wanted.seed, started))
+    print(
+        f"{done.path}: {done.step:,} steps, {parameters:,} parameters, "
+        f"validation loss {validation['nll']:.4f} nats per token"
+    )
+    if wanted.data.source == "text":
+        for command in ("generate", "evaluate", "analyze"):
+            print(f"next: sinkjax {command} {shlex.quote(str(done.path))}")
+    return 0
+
+
+def _tells_of(summary: Path, steps: int) -> bool:
+    try:
+        return json.loads(summary.read_text(encoding="utf-8")).get("steps") == steps
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,44 @@
+"""The quickstart, whole but with few steps: every part runs and everything promised is there."""
+
+import json
+import re
+
+import pytest
+
+from sinkjax.cli import main, quickstart
+
+
+def test_everything_promised_is_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "SHOWN", quickstart.SHOWN[:2])
+    out = tmp_path / "quick"
+    flags = ["--steps", "8", "--text-steps", "8", "--stream-tokens", "150", "--seed", "3"]
+    assert main(["quickstart", "--out", str(out), *flags]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == 3 and summary["peak_memory_bytes"] > 0 and summary["seconds"] > 0
+    assert {"sinkjax", "jax", "flax", "python"} <= set(summary["versions"])
+    assert list(summary["variants"]) == ["softmax", "softmax1"]
+    # After 8 steps attention is still about uniform: the mean over queries 1..31 of 1/(t + 1).
+    assert 0.05 < summary["variants"]["softmax"]["attention_to_bos"] < 0.2
+    stream = summary["stream"]
+    assert stream["tokens"] == 150 and stream["cache_bytes_constant"]
+    assert stream["cache_slots"] == stream["context_length"] == 64
+    # "def " and BOS come before the 150 tokens, and the last of those is not yet in the cache.
+    assert stream["evicted"] == 5 + 150 - 1 - 64
+    assert set(summary["policies"]) == {"recompute", "window", "sink_window"}
+    for policy in summary["policies"].values():
+        assert 4 < policy["nll_beyond"] < 6.5  # near ln 257 = 5.55: hardly trained
+    printed = capsys.readouterr().out
+    for number in ("attention_to_bos", "loss"):
+        assert f"{summary['variants']['softmax1'][number]:.3f}" in printed
+    assert len(re.findall(r"^  sinkjax (generate|analyze|train) ", printed, re.M)) == 3
+    page = (out / "report.html").read_text()
+    assert page.count("<img") >= 6 and "http" not in re.sub(r"data:[^\"]+", "", page)
+    assert (out / "figures" / "what_a_sink_is.png").read_bytes()[:4] == b"\x89PNG"
+    assert (out / "text" / "config.json").exists()  # a run like any other: generate, analyze
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--text-steps", "--stream-tokens"])
+def test_bad_sizes(flag, tmp_path, capsys):
+    assert main(["quickstart", "--out", str(tmp_path / "q"), flag, "0"]) == 2
+    assert "expected at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "q").exists()
