@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 # Before the first import of jax. Whoever tests an accelerator names it in the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most programs run once or twice here: LLVM's slower passes would take longer than they save.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 from jaxtyping import install_import_hook

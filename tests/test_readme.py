@@ -1,5 +1,6 @@
 """README shows what works: its snippets run, its commands exist, its picture and paths are there."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -19,8 +20,6 @@ def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     corpus.write_text("def f(x):\n    return x\n" * 400)
     config = RunConfig(model=preset("tiny"), path="runs/quickstart/text", steps=1, eval_batches=1)
     data = {"files": (str(corpus),), "batch_size": 2}
-    import dataclasses
-
     fit(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)), progress=False)
     snippets = re.findall(r"```python\n(.*?)```", TEXT, re.S)
     assert len(snippets) == 3

@@ -2,8 +2,10 @@
 
 import dataclasses
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,35 +72,52 @@ def run(config: Quickstart) -> int:
     started = time.perf_counter()
     console = Console(soft_wrap=not sys.stdout.isatty())
     config.out.mkdir(parents=True, exist_ok=True)
-    with _progress(console) as progress:
-        variants, runs = _compare_variants(config, progress)
+    with _progress(console) as progress, _thread() as (submit, stop):
+        # Small programs leave half of two cores idle, and compilation all but one: the toy task
+        # and the text model are trained side by side.
+        comparison = submit(_compare_variants, config, progress, stop)
         model_run = _train_on_text(config, progress)
         rows = _held_out_text(model_run.config)
         policies = _compare_policies(model_run, rows, progress)
         stream = _stream(config, model_run, progress)
         report = analyze(model_run.model, rows[:32])
+        variants, maps = comparison.result()
     summary = {
         "variants": variants,
         "text": _sink_of_run(model_run, report),
         "policies": policies,
         "stream": {name: x for name, x in stream.items() if name != "text"},
-        **environment(config.seed, started),
     }
-    _write(config, summary, runs, model_run, report, rows, stream["text"])
+    _write(config, summary, maps, model_run, report, rows, stream["text"])
+    summary |= environment(config.seed, started)
+    write_json(config.out / "summary.json", summary)
     _print(console, config, summary)
     return 0
 
 
+@contextmanager
+def _thread() -> Iterator[tuple[Callable[..., Future], threading.Event]]:
+    """One thread for a run beside the main one; whatever ends the block early ends it, saved."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            yield pool.submit, stop
+        except BaseException:
+            stop.set()
+            raise
+
+
 def _compare_variants(
-    config: Quickstart, progress: Progress
-) -> tuple[dict[str, dict[str, float]], dict[str, Run]]:
-    """Train the toy task under each variant and measure where idle heads look."""
+    config: Quickstart, progress: Progress, stop: threading.Event
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Train the toy task under each variant; where idle heads look, and one attention map each."""
     task = progress.add_task("Backcopy: train five attention variants", total=len(SHOWN))
     rows = held_out_rows()
-    found, runs = {}, {}
+    found, maps = {}, {}
     for name in SHOWN:
         folder = config.out / "backcopy" / _slug(name)
-        trained = _fit(backcopy_run(name, folder, seed=config.seed, steps=config.steps))
+        settings = backcopy_run(name, folder, seed=config.seed, steps=config.steps)
+        trained = _fit(settings, stop)
         weights = np.asarray(capture(trained.model, rows["tokens"]).weights[0])
         last = _validation(trained)[-1]
         found[name] = {
@@ -106,9 +125,9 @@ def _compare_variants(
             "loss": float(last["nll"]),
             "value_drain": float(np.mean(last["value_drain"])),
         }
-        runs[name] = trained
+        maps[name] = weights[0, 0]
         progress.advance(task)
-    return found, runs
+    return found, maps
 
 
 def _train_on_text(config: Quickstart, progress: Progress) -> Run:
@@ -135,9 +154,9 @@ def _train_on_text(config: Quickstart, progress: Progress) -> Run:
     return trained
 
 
-def _fit(config: RunConfig) -> Run:
+def _fit(config: RunConfig, stop: threading.Event | None = None) -> Run:
     """Train without a bar of its own; Ctrl-C has saved the run, and ends the whole command."""
-    trained = fit(config, progress=False)
+    trained = fit(config, progress=False, stop=stop)
     if trained.interrupted:
         raise KeyboardInterrupt
     return trained
@@ -187,7 +206,6 @@ def _stream(config: Quickstart, run: Run, progress: Progress) -> dict[str, Any]:
     )
     text, logprobs, sizes, early = [], [], set(), 0
     first = event = next(events)
-    begin = time.perf_counter()  # the first event has paid for compilation
     for count, event in enumerate(events, start=2):
         text.append(event.text)
         logprobs.append(event.logprob)
@@ -196,13 +214,11 @@ def _stream(config: Quickstart, run: Run, progress: Progress) -> dict[str, Any]:
             early = peak_memory_bytes()
         if count % 500 == 0:
             progress.update(task, completed=count)
-    seconds = time.perf_counter() - begin
     progress.update(task, completed=config.stream_tokens)
     return {
         "tokens": len(logprobs) + 1,
         "context_length": slots,
         "evicted": event.statistics.evicted,
-        "tokens_per_second": len(logprobs) / max(seconds, 1e-9),
         "cache_slots": event.statistics.cache_slots,
         "cache_bytes": first.statistics.cache_bytes,
         "cache_bytes_constant": sizes <= {first.statistics.cache_bytes},
@@ -232,17 +248,21 @@ def _sink_of_run(run: Run, report: Report) -> dict[str, float]:
 def _write(
     config: Quickstart,
     summary: dict[str, Any],
-    runs: dict[str, Run],
+    maps: dict[str, np.ndarray],
     model_run: Run,
     report: Report,
     rows: np.ndarray,
     text: str,
 ) -> None:
-    """Figures, report.html and summary.json."""
-    sample = held_out_rows(1)["tokens"]
-    maps = [np.asarray(capture(runs[n].model, sample).weights[0, 0, 0]) for n in SHOWN[:2]]
-    symbols = ["BOS", *(_symbol(int(t)) for t in sample[0, 1:])]
-    what = plots.what_a_sink_is(maps[0], maps[1], symbols)
+    """Figures and report.html."""
+    symbols = ["BOS", *(SYMBOLS[token] for token in held_out_rows(1)["tokens"][0, 1:])]
+    what = plots.what_a_sink_is(
+        maps["softmax"],
+        maps["softmax1"],
+        symbols,
+        note="After 1, 2 or 3 the task is to copy the token before; elsewhere the head has nothing "
+        "to do. A softmax row must sum to 1, so it rests on BOS; softmax1 may rest nowhere.",
+    )
     variants = plots.sink_variants(summary["variants"])
     curves = plots.over_steps(
         model_run.metrics,
@@ -264,8 +284,8 @@ def _write(
             "What a sink is",
             "Two one-layer models, trained alike on a task in which a head has work to do at three "
             "of 64 symbols only. Softmax weights must sum to one: where there is nothing to do, the "
-            "head rests on BOS, whose value has drained to almost nothing. With softmax1 the head "
-            "may attend to nothing.",
+            "head rests on BOS, and the value of BOS shrinks. With softmax1 the head may attend to "
+            "nothing.",
             figures={"Attention weights of one held-out row": what},
         ),
         Section(
@@ -293,7 +313,6 @@ def _write(
         Section("The end of the stream", text[-600:]),
     ]
     write_report(report, figures, config.out / "report.html", sections, title="sinkjax quickstart")
-    write_json(config.out / "summary.json", summary)
 
 
 def _variant_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -336,8 +355,8 @@ def _print(console: Console, config: Quickstart, summary: dict[str, Any]) -> Non
     console.print(table)
     stream = summary["stream"]
     console.print(
-        f"Stream: {stream['tokens']:,} tokens at {stream['tokens_per_second']:,.0f} per second, "
-        f"{stream['evicted']:,} evicted, {stream['cache_bytes']:,} bytes of cache throughout."
+        f"Stream: {stream['tokens']:,} tokens generated, {stream['evicted']:,} evicted, "
+        f"{stream['cache_bytes']:,} bytes of cache throughout."
     )
     console.print(
         f"{summary['seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**20:,.0f} MiB at most. "
@@ -359,9 +378,8 @@ def _slug(name: str) -> str:
     return "_".join(words)
 
 
-def _symbol(token: int) -> str:
-    """Triggers as digits, the other 61 symbols of the toy task as letters and the like."""
-    return "①②③"[token] if token < 3 else chr(ord("A") + token - 3 if token < 29 else 68 + token)
+SYMBOLS = "123ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz+-*/=<>&%"
+"""The 64 symbols of the toy task for the eye; the first three are the triggers."""
 
 
 @contextmanager

@@ -54,7 +54,9 @@ class Run:
     interrupted: bool
 
 
-def fit(config: RunConfig, *, progress: bool | None = None) -> Run:
+def fit(
+    config: RunConfig, *, progress: bool | None = None, stop: threading.Event | None = None
+) -> Run:
     """Train a model, or go on with a run that was interrupted, killed or finished.
 
     The run folder gets `config.json`, `metrics.jsonl` (records of two kinds: `split` "train" with
@@ -68,6 +70,8 @@ def fit(config: RunConfig, *, progress: bool | None = None) -> Run:
     Args:
       config: everything that decides the result.
       progress: show a live line; None shows it on a terminal.
+      stop: ends the run early when it is set, as Ctrl-C does; for runs in a thread, where signals do
+        not arrive.
 
     Returns:
       The trained model and what was measured.
@@ -114,7 +118,10 @@ def fit(config: RunConfig, *, progress: bool | None = None) -> Run:
         # --- Loop ----------------------------------------------------------------------------
         if newest is None:
             evaluate(0, state.params)
-        with Progress(config.steps, start, progress) as bar, _interrupts() as interrupted:
+        with (
+            Progress(config.steps, start, progress) as bar,
+            _interrupts(stop or threading.Event()) as interrupted,
+        ):
             since, last = time.perf_counter(), start
             while step < config.steps and not interrupted.is_set():
                 state, metrics = train_step(state, _place(next(batches), mesh))
@@ -201,9 +208,8 @@ def _place(batch: Batch, mesh: Mesh) -> Any:
 
 
 @contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets; a second Ctrl-C raises as usual."""
-    event = threading.Event()
+def _interrupts(event: threading.Event) -> Iterator[threading.Event]:
+    """Let Ctrl-C set the event; a second Ctrl-C raises as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield event  # signal handlers can be set in the main thread only
         return

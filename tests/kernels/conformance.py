@@ -173,10 +173,6 @@ def pairwise(options: dict[str, tuple], **fixed) -> Iterator[dict[str, Any]]:
 CASES = [Case(**choice, seed=n) for n, choice in enumerate(pairwise(OPTIONS))]
 
 
-# Each program runs once: LLVM's slower passes would take longer than they save.
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
 def value_and_grads(attention: Callable, case: Case, operands: tuple) -> dict[str, jax.Array]:
     """out, lse and the gradient by every differentiable operand, in one compiled program."""
     query, key, value, bias, mask, visibility, sinks = operands
@@ -197,9 +193,7 @@ def value_and_grads(attention: Callable, case: Case, operands: tuple) -> dict[st
 
     leaves = {"query": query, "key": key, "value": value, "bias": bias, "sinks": sinks}
     leaves = {name: x for name, x in leaves.items() if x is not None}
-    grads, (out, lse) = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK_COMPILE)(
-        leaves, mask, visibility
-    )
+    grads, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(leaves, mask, visibility)
     result = {"out": out, **{f"d_{name}": g for name, g in grads.items()}}
     return result if lse is None else result | {"lse": lse}
 

@@ -1,9 +1,7 @@
 """One small run, trained by the command line itself, for the commands that read runs."""
 
-import contextlib
 import dataclasses
 
-import jax
 import pytest
 
 from sinkjax.cli import main
@@ -37,23 +35,6 @@ def _train_argv(out, text, *more):
     )
 
 
-@contextlib.contextmanager
-def _quick_compiler():
-    # Compiling takes most of the time here, and what XLA makes of it is tested elsewhere.
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(autouse=True)
-def quick_compiler():
-    with _quick_compiler():
-        yield
-
-
 @pytest.fixture(scope="session")
 def train_argv():
     """Folder for the run, its text and further flags -> the words of `sinkjax train ...`."""
@@ -71,8 +52,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(text, tmp_path_factory):
     argv = _train_argv(tmp_path_factory.mktemp("runs") / "a run", text)
-    with _quick_compiler():
-        assert main(argv) == 0
+    assert main(argv) == 0
     return Trained(argv[4], str(text), argv)
 
 

@@ -50,3 +50,12 @@ def test_another_shape_names_the_first_parameter(change, words):
     params = parameters(abstract(CONFIG))
     with pytest.raises(ValueError, match=words):
         from_parameters(dataclasses.replace(CONFIG, **change), params)
+
+
+def test_parameters_carry_no_sharding_of_their_own():
+    """A model built in a bare notebook cell: annotated parameters would raise without a mesh."""
+    for scanned in (False, True):
+        model = Decoder(dataclasses.replace(CONFIG, scan_layers=scanned), rngs=nnx.Rngs(0))
+        for path, variable in nnx.to_flat_state(nnx.state(model)):
+            annotations = {"out_sharding", "sharding", "sharding_names", "sharding_rules"}
+            assert not annotations & set(variable.get_metadata()), path
