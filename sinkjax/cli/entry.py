@@ -33,7 +33,9 @@ class Command:
 
 
 COMMANDS = {
-    "quickstart": Command("Quickstart", "see sinks grow, stream past the context; three minutes"),
+    "quickstart": Command(
+        "Quickstart", "see sinks grow, stream past the context; three minutes", resumes=True
+    ),
     "train": Command(
         "Train", "train a model, or go on with a run", default="default", resumes=True
     ),

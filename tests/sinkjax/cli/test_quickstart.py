@@ -42,3 +42,11 @@ def test_bad_sizes(flag, tmp_path, capsys):
     assert main(["quickstart", "--out", str(tmp_path / "q"), flag, "0"]) == 2
     assert "expected at least 1, got 0" in capsys.readouterr().err
     assert not (tmp_path / "q").exists()
+
+
+def test_ctrl_c_ends_the_run_in_the_thread_too():
+    waiting = []
+    with pytest.raises(KeyboardInterrupt), quickstart._thread() as (submit, stop):
+        waiting.append(submit(stop.wait, 60))
+        raise KeyboardInterrupt
+    assert waiting[0].result(timeout=0) is True  # told to stop, and waited for

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -154,6 +156,21 @@ def test_ctrl_c_saves_says_so_and_goes_on(base, unbroken, tmp_path, every):
     # Where the checkpoint fell does not enter the numbers.
     run = fit(dataclasses.replace(config, checkpoint_every=20))
     assert _numbers(run.metrics) == _numbers(unbroken.metrics)
+
+
+def test_an_event_ends_a_run_in_a_thread_as_ctrl_c_does(base, unbroken, tmp_path):
+    config = dataclasses.replace(base, path=str(tmp_path / "run"), checkpoint_every=60)
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fit, config, stop=stop)
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5:
+            assert not future.done()
+            time.sleep(0.01)
+        stop.set()
+        run = future.result()
+    assert run.interrupted and 3 <= run.step < 60
+    losses = [row["loss"] for row in fit(config).metrics if row["split"] == "train"]
+    assert losses == [row["loss"] for row in unbroken.metrics if row["split"] == "train"]
 
 
 def test_another_config_is_refused_naming_the_field(base, unbroken):
