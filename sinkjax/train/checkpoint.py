@@ -7,6 +7,7 @@ model can be read without knowing its optimiser; `checkpoints/<step>/train` the 
 import logging
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,16 @@ class Checkpoints:
       OSError: the folder cannot be made or written; names the path.
     """
 
+    # Orbax tells its threads apart by a counter of the whole process: two saves at once wait for
+    # each other's folders (seen with 0.12.8). Runs in several threads take turns.
+    _turn = threading.Lock()
+    _writer: "Checkpoints | None" = None
+
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.resolve()
+        self._folder.mkdir(parents=True, exist_ok=True)
         self._failed = False
+        self._error: Exception | None = None
         self._quiet = _Quiet()
         logging.getLogger("absl").addFilter(self._quiet)
         policies = ocp.training.preservation_policies
@@ -63,10 +71,16 @@ class Checkpoints:
           OSError: this or the previous checkpoint could not be written.
         """
         content = _content(state, np.asarray(iterator.get_state()["next_index"], np.int32))
-        try:
-            self._orbax.save_checkpointables_async(int(state.step), content, force=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise self._failure(error) from error
+        with Checkpoints._turn:
+            other = Checkpoints._writer
+            if other is not None and other is not self:
+                other._settle()
+            Checkpoints._writer = self
+            try:
+                self._raise_settled()
+                self._orbax.save_checkpointables_async(int(state.step), content, force=True)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise self._failure(error) from error
 
     def wait(self) -> None:
         """Return when everything is on disk.
@@ -75,9 +89,22 @@ class Checkpoints:
           OSError: it could not be written; nothing of it is left.
         """
         try:
+            self._raise_settled()
             self._orbax.wait()
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failure(error) from error
+
+    def _settle(self) -> None:
+        """Let the save under way end, for another run; what went wrong is raised to its own."""
+        try:
+            self._orbax.wait()
+        except (OSError, ValueError, RuntimeError) as error:
+            self._error = error
+
+    def _raise_settled(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def restore(
         self, step: int, abstract: TrainState, iterator: grain.DatasetIterator, model: DecoderConfig
@@ -113,7 +140,10 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and let go of the folder."""
         try:
-            self._orbax.close()
+            with Checkpoints._turn:
+                if Checkpoints._writer is self:
+                    Checkpoints._writer = None
+                self._orbax.close()
         except (OSError, ValueError, RuntimeError) as error:
             # Orbax raises the same failure once more here.
             if not self._failed:

@@ -173,6 +173,24 @@ def test_an_event_ends_a_run_in_a_thread_as_ctrl_c_does(base, unbroken, tmp_path
     assert losses == [row["loss"] for row in unbroken.metrics if row["split"] == "train"]
 
 
+def test_runs_in_threads_save_side_by_side(base, tmp_path):
+    """Orbax mixes up saves that overlap in one process; here every step of both runs is one."""
+    configs = [
+        dataclasses.replace(
+            base, path=str(tmp_path / str(n)), steps=20, checkpoint_every=1, keep_checkpoints=30
+        )
+        for n in range(2)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(fit, configs))
+    assert [run.step for run in runs] == [20, 20]
+    for config in configs:
+        saved = {int(p.name) for p in (tmp_path / config.path / "checkpoints").iterdir()}
+        assert saved == set(range(1, 21))
+        for step in (1, 11, 20):
+            load(config.path, step=step)
+
+
 def test_another_config_is_refused_naming_the_field(base, unbroken):
     optimizer = dataclasses.replace(base.optimizer, learning_rate=2e-2)
     other = dataclasses.replace(base, optimizer=optimizer)
