@@ -1,6 +1,7 @@
 """`sinkjax quickstart`: watch a sink form, vanish, and keep an endless stream alive."""
 
 import dataclasses
+import shlex
 import sys
 import threading
 import time
@@ -361,12 +362,20 @@ def _print(console: Console, config: Quickstart, summary: dict[str, Any]) -> Non
     console.print(
         f"{summary['seconds']:.0f} s, {summary['peak_memory_bytes'] / 2**20:,.0f} MiB at most. "
         f"Pictures: {config.out / 'report.html'}   Numbers: {config.out / 'summary.json'}\n\n"
-        "Try next:\n"
-        f"  sinkjax generate {config.out / 'text'} --prompt 'class ' --max-new-tokens 500\n"
-        f"  sinkjax analyze {config.out / 'text'} --out runs/analysis\n"
-        "  sinkjax train --preset tiny --model.normalizer softmax1 --path runs/softmax1",
+        "Try next:\n" + "\n".join(f"  {line}" for line in next_commands(config)),
         highlight=False,
+        markup=False,
     )
+
+
+def next_commands(config: Quickstart) -> list[str]:
+    """Three command lines that go on from here."""
+    text = shlex.quote(str(config.out / "text"))
+    return [
+        f"sinkjax generate {text} 'class ' --max-new-tokens 500",
+        f"sinkjax analyze {text} --out runs/analysis",
+        "sinkjax train --preset tiny --model.normalizer softmax1 --out runs/softmax1",
+    ]
 
 
 def _validation(run: Run) -> list[dict[str, Any]]:

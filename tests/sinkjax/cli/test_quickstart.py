@@ -1,11 +1,15 @@
 """The quickstart, whole but with few steps: every part runs and everything promised is there."""
 
+import importlib
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from sinkjax.cli import main, quickstart
+from sinkjax.cli.entry import COMMANDS, parse
 
 
 def test_everything_promised_is_there(tmp_path, capsys, monkeypatch):
@@ -30,7 +34,8 @@ def test_everything_promised_is_there(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     for number in ("attention_to_bos", "loss"):
         assert f"{summary['variants']['softmax1'][number]:.3f}" in printed
-    assert len(re.findall(r"^  sinkjax (generate|analyze|train) ", printed, re.M)) == 3
+    for command in quickstart.next_commands(quickstart.Quickstart(out)):
+        assert command in re.sub(r"\s+", " ", printed)
     page = (out / "report.html").read_text()
     assert page.count("<img") >= 6 and "http" not in re.sub(r"data:[^\"]+", "", page)
     assert (out / "figures" / "what_a_sink_is.png").read_bytes()[:4] == b"\x89PNG"
@@ -50,3 +55,18 @@ def test_ctrl_c_ends_the_run_in_the_thread_too():
         waiting.append(submit(stop.wait, 60))
         raise KeyboardInterrupt
     assert waiting[0].result(timeout=0) is True  # told to stop, and waited for
+
+
+def test_the_commands_to_try_next_are_commands():
+    seen = {}
+    for line in quickstart.next_commands(quickstart.Quickstart(Path("runs/a folder"))):
+        name, *argv = shlex.split(line)[1:]
+        command = COMMANDS[name]
+        module = importlib.import_module(f"sinkjax.cli.{name}")
+        default = {} if command.default is None else {
+            "default": getattr(module, command.default)(argv)
+        }  # fmt: skip
+        seen[name] = parse(getattr(module, command.config), argv, "sinkjax", **default)
+    assert seen["generate"].run == seen["analyze"].run == "runs/a folder/text"
+    assert seen["generate"].prompt == "class " and seen["generate"].max_new_tokens == 500
+    assert seen["train"].model.normalizer == "softmax1"
