@@ -129,6 +129,22 @@ def test_skipped_tiles_are_the_invisible_ones():
     np.testing.assert_array_equal(table, pairs)  # exact for positions in order
 
 
+def test_invisible_tiles_are_not_visited():
+    """0 · NaN is NaN: a tile of NaN that no row sees shows in the result once it is computed."""
+    query, key, value, *rest = operands(20, 20, is_causal=True, local_window_size=(4, 0))
+    key, value = key.at[:, 15:].set(jnp.nan), value.at[:, 15:].set(jnp.nan)
+
+    def loss(query, block):
+        run = functools.partial(xla.attention, block_q=block, block_k=block)
+        out, _ = run(query, key, value, *rest, **STATIC)
+        return out[:, :15].sum(), out
+
+    slope, out = jax.grad(loss, has_aux=True)(query, 5)
+    assert np.isfinite(out[:, :15]).all() and np.isfinite(slope[:, :15]).all()
+    _, whole = jax.grad(loss, has_aux=True)(query, 20)  # one tile: all of it is computed
+    assert np.isnan(whole[:, :15]).all()
+
+
 def test_deterministic_and_equal_under_vmap_and_remat():
     args = operands(13, 17, is_causal=True)
     run = functools.partial(xla.attention, block_q=5, block_k=7, **STATIC)
