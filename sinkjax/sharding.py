@@ -32,11 +32,17 @@ DECODER_RULES: Rules = (
     (r"attention/(key|value)/kernel$", PartitionSpec("data", None, None)),
     (r"attention/out/kernel$", PartitionSpec("model", None, "data")),
     (r"attention/sinks$", PartitionSpec("model")),
+    (r"attention/sinks$", PartitionSpec("model", None)),  # several per head
     (r"attention/gate/kernel$", PartitionSpec("data", "model")),
     (r"attention/gate/kernel$", PartitionSpec("data", "model", None)),
+    # Gates on few key/value heads or on a head's own slice: small, and every shape divides.
+    (r"attention/gate/kernel$", PartitionSpec(None, None)),
+    (r"attention/gate/kernel$", PartitionSpec(None, None, None)),
     (r"mlp/(gate|up)/kernel$", PartitionSpec("data", "model")),
     (r"mlp/down/kernel$", PartitionSpec("model", "data")),
     (r"norm/scale$", PartitionSpec(None)),
+    (r"norm/scale$", PartitionSpec()),  # one gain for all channels
+    (r"(embedding|head)_projection/kernel$", PartitionSpec("data", "model")),
     (r"head/kernel$", PartitionSpec("data", "model")),
     (r"head/kernel$", PartitionSpec(("data", "model"), None)),
 )

@@ -27,6 +27,15 @@ for _name in _CHECKED:
 install_import_hook(_CHECKED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
+# Files of few and long tests. First, so that no worker is left alone with one of them at the end.
+_LONG = ("test_devices", "test_notebooks", "test_quickstart", "test_backcopy", "test_variants")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files stay together; the long ones come first."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """float64 arrays inside the test."""

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Int
         "query_lengths",
         "key_lengths",
     ],
-    meta_fields=["is_causal", "left", "right"],
+    meta_fields=["is_causal", "left", "right", "excludes_self", "in_order"],
 )
 @dataclasses.dataclass(frozen=True)
 class Visibility:
@@ -40,6 +40,8 @@ class Visibility:
         query_lengths, key_lengths: `[B]` valid buffer slots, or None for all.
         is_causal: hide keys of later positions.
         left, right: window, in positions before and after the query; None is unbounded.
+        excludes_self: hide the key at the query's own position.
+        in_order: keys are known to lie in the order of their positions.
     """
 
     # Leaves are `Any`: tree transformations put all sorts of things in the place of arrays.
@@ -53,6 +55,8 @@ class Visibility:
     is_causal: bool = False
     left: int | None = None
     right: int | None = None
+    excludes_self: bool = False
+    in_order: bool = False
 
     @property
     def has_window(self) -> bool:
@@ -75,6 +79,19 @@ class Visibility:
             key_is_sink=widen(self.key_is_sink, keys, False),
         )
 
+    def rows(self, start, size: int) -> "Visibility":
+        """The same mask of `size` queries from `start` on."""
+
+        def cut(x):
+            return None if x is None else jax.lax.dynamic_slice_in_dim(x, start, size, axis=-1)
+
+        return dataclasses.replace(
+            self,
+            query_positions=cut(self.query_positions),
+            query_segment_ids=cut(self.query_segment_ids),
+            query_lengths=None if self.query_lengths is None else self.query_lengths - start,
+        )
+
     def visible(
         self, query_start=0, query_size: int | None = None, key_start=0, key_size: int | None = None
     ) -> Bool[Array, "B K T S"]:
@@ -94,6 +111,8 @@ class Visibility:
         seen = jnp.broadcast_to(k >= 0, jnp.broadcast_shapes(q.shape, k.shape))
         if self.is_causal:
             seen &= k <= q
+        if self.excludes_self:
+            seen &= k != q
         if self.has_window:
             near = jnp.ones_like(seen)
             if self.left is not None:
@@ -216,6 +235,7 @@ def build(
         is_causal=bool(is_causal),
         left=left,
         right=right,
+        in_order=key_positions is None,
     )
 
 

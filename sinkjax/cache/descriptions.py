@@ -80,17 +80,20 @@ class LayerSpec:
         num_kv_heads, head_dim: K and H.
         window: keys seen back in training, the query's own included; None is all.
         num_sink_tokens: sink tokens exempt from that window in training.
+        num_forget_heads: N, query heads with a forget gate, whose decay is kept per slot; 0: none.
     """
 
     num_kv_heads: int
     head_dim: int
     window: int | None = None
     num_sink_tokens: int = 0
+    num_forget_heads: int = 0
 
     def __post_init__(self) -> None:
         _at_least("LayerSpec.num_kv_heads", self.num_kv_heads, 1)
         _at_least("LayerSpec.head_dim", self.head_dim, 1)
         _at_least("LayerSpec.num_sink_tokens", self.num_sink_tokens, 0)
+        _at_least("LayerSpec.num_forget_heads", self.num_forget_heads, 0)
         if self.window is not None:
             _at_least("LayerSpec.window", self.window, 1)
 

@@ -47,7 +47,7 @@ def slots(plan: LayerPlan, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def write(
     leaf: Array, slot: Int[Array, "B T"], new: Array, *, where: Bool[Array, "B T"] | None = None
 ) -> Array:
-    """`leaf[b, ..., slot[b, t], ...] = new[b, t]` for leaves `[B, K, C, H]` or `[B, C]`."""
+    """`leaf[b, ..., slot[b, t], ...] = new[b, t]` for leaves `[B, K, C, H]`, `[B, N, C]` or `[B, C]`."""
     if where is not None:
         capacity = leaf.shape[-1] if leaf.ndim == 2 else leaf.shape[2]
         slot = jnp.where(where, slot, capacity + jnp.arange(slot.shape[1], dtype=slot.dtype))

@@ -16,19 +16,26 @@ from sinkjax.cache import ring
 from sinkjax.cache.descriptions import Description, Full, LayerPlan, LayerSpec, SinkWindow, plan
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["key", "value"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["key", "value", "decay"], meta_fields=[]
+)
 @dataclasses.dataclass(frozen=True)
 class LayerState:
-    """Keys, rotated at their true positions, and values of one layer: `[B, K, C, H]` each."""
+    """Keys, rotated at their true positions, and values of one layer: `[B, K, C, H]` each.
+
+    A layer with a forget gate also has `decay` `[B, N, C]`: the log gates from the token of a slot
+    to the last one, at most 0. Counted from the end, it never outgrows its float.
+    """
 
     # `Any` in pytrees: their leaves are not always arrays (`jax.eval_shape`, `jax.tree.map`).
     key: Any
     value: Any
+    decay: Any = None
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "positions"],
+    data_fields=["key", "value", "positions", "decay"],
     meta_fields=["plan", "spec"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,7 @@ class LayerView:
     positions: Any
     plan: LayerPlan
     spec: LayerSpec
+    decay: Any = None
 
     @property
     def capacity(self) -> int:
@@ -96,7 +104,9 @@ class Cache:
         """What layer `index` attends to."""
         state, plans = self.layers[index], self.plans
         positions = self.positions[_groups(plans).index(_layout(plans[index]))]
-        return LayerView(state.key, state.value, positions, plans[index], self.specs[index])
+        return LayerView(
+            state.key, state.value, positions, plans[index], self.specs[index], state.decay
+        )
 
     def next_positions(self, length: int) -> Int[Array, "B T"]:
         """Positions t + (0 … length − 1) of the coming tokens; those past int32 are refused."""
@@ -218,7 +228,11 @@ def create(
     def empty(spec: LayerSpec, p: LayerPlan) -> LayerState:
         # Two arrays: a step that donates the cache may not be given one buffer twice.
         shape = (batch_size, spec.num_kv_heads, p.capacity, spec.head_dim)
-        return LayerState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        decay = None
+        if spec.num_forget_heads > 0:
+            wide = jnp.promote_types(dtype, jnp.float32)
+            decay = jnp.zeros((batch_size, spec.num_forget_heads, p.capacity), wide)
+        return LayerState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), decay)
 
     return Cache(
         layers=tuple(empty(spec, p) for spec, p in zip(specs, plans, strict=True)),

@@ -57,6 +57,7 @@ def run(config: Generate) -> int:
         max_new_tokens=config.max_new_tokens,
         tokenizer=trained.tokenizer,
         chunk_size=config.chunk_size,
+        bos=trained.has_bos,
     )
     terminal = sys.stdout.isatty()
     tokens, statistics, begun = 0, None, time.perf_counter()

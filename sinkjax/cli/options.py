@@ -58,8 +58,14 @@ class Trained:
 
     @property
     def lead(self) -> tuple[int, ...]:
-        """Ids before every text: learned sink tokens, then BOS."""
-        return (*self.config.model.learned_sink_ids, self.tokenizer.bos_id)
+        """Ids before every text: learned sink tokens, then BOS where it was trained with one."""
+        bos = (self.tokenizer.bos_id,) if self.has_bos else ()
+        return (*self.config.model.learned_sink_ids, *bos)
+
+    @property
+    def has_bos(self) -> bool:
+        """Whether the texts that it was trained on were led by BOS."""
+        return self.config.data.bos == "document"
 
     def text(self, files: Sequence[str]) -> np.ndarray:
         """Ids of the files one after the other, or of what the run held out if there are none.

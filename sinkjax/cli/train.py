@@ -1,6 +1,7 @@
 """`sinkjax train`: a run folder from flags."""
 
 import dataclasses
+import itertools
 import json
 import shlex
 import time
@@ -12,12 +13,15 @@ import tyro
 
 from sinkjax.cli.record import environment, write_json
 from sinkjax.models import PRESETS, count, preset
+from sinkjax.models.variants import variant
 from sinkjax.train.config import RunConfig
+from sinkjax.train.presets import train_preset
 
 # tyro does not wrap a description: every paragraph fits 80 columns.
 _ABOUT = """Train a model, or go on with a run that was interrupted or killed.
 
-The preset gives the defaults of --model.*, and flags override them.
+Preset, variant and recipe give the defaults of --model.*, --optimizer.* and
+--penalties.*, and flags override them.
 
 Ctrl-C saves and says how to go on. The numbers at the end: OUT/summary.json.
 """
@@ -25,11 +29,29 @@ _PRESET = Annotated[
     str,
     tyro.conf.arg(metavar="{" + ",".join(PRESETS) + "}", help="model whose shape is the default."),
 ]
+_VARIANT = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help="attention variant such as softmax1 or 'gate, head-wise'; a wrong name lists all.",
+    ),
+]
+_RECIPE = Annotated[
+    str,
+    tyro.conf.arg(
+        metavar="NAME",
+        help="published settings of the optimiser, such as gu or osp; a wrong name lists all.",
+    ),
+]
+_NAMED = {"preset": "tiny", "variant": "softmax", "recipe": "none"}
 
 
 def _train() -> type:
-    """`RunConfig` with the preset in front, and its folder called --out as in every command."""
-    fields: list[Any] = [("preset", _PRESET, dataclasses.field(default="tiny"))]
+    """`RunConfig` with three names in front, and its folder called --out as in every command."""
+    fields: list[Any] = [
+        (name, kind, dataclasses.field(default=_NAMED[name]))
+        for name, kind in (("preset", _PRESET), ("variant", _VARIANT), ("recipe", _RECIPE))
+    ]
     for field in dataclasses.fields(RunConfig):
         kind: Any = field.type
         if field.name == "path":
@@ -45,18 +67,22 @@ Train = _train()
 
 
 def default(argv: Sequence[str]) -> Any:
-    """What the flags override: the config of the preset that they name.
+    """What the flags override: the config of the preset, variant and recipe that they name.
 
     Raises:
-      ValueError: there is no such preset; lists the choices.
+      ValueError: there is no such name; lists the choices.
     """
-    name = "tiny"
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--preset":
-            name = following
-        elif word.startswith("--preset="):
-            name = word.partition("=")[2]
-    return Train(preset=name, model=preset(name))
+    named = dict(_NAMED)
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and flag in named:
+            named[flag] = value if equals else following
+    model = preset(named["preset"])
+    model = dataclasses.replace(model, **variant(named["variant"], model.context_length).fields)
+    run = RunConfig(model=model)
+    if named["recipe"] != "none":
+        run = train_preset(named["recipe"]).apply(run)
+    return Train(**named, model=run.model, optimizer=run.optimizer, penalties=run.penalties)
 
 
 def run(config: Any) -> int:

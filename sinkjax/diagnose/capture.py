@@ -116,7 +116,7 @@ def run(model: Decoder, tokens: Int[Array, "B T"], **options: Any) -> Capture:
     taps = nnx.to_pure_dict(found)
     blocks = [taps["blocks"][index] for index in range(model.config.num_layers)]
     return Capture(
-        embedding=model.embedding(tokens),
+        embedding=model.embed(tokens),
         logits=output.logits,
         hidden=output.hidden,
         statistics=output.statistics,

@@ -2,6 +2,7 @@
 
 from sinkjax.models.config import DecoderConfig as DecoderConfig
 from sinkjax.models.decoder import Decoder as Decoder
+from sinkjax.models.merge import merge_embedding_projection as merge_embedding_projection
 from sinkjax.models.output import Output as Output
 from sinkjax.models.parameters import abstract as abstract
 from sinkjax.models.parameters import check_shapes as check_shapes

@@ -3,15 +3,19 @@
 import dataclasses
 from typing import Literal
 
-from sinkjax.modules.attention import AttentionConfig, DType, Gate
+from sinkjax.modules.attention import AttentionConfig
+from sinkjax.modules.variant import LayerVariant
 
 Remat = Literal["none", "full", "dots"]
+SinkLayers = Literal["all", "windowed"]
 REMATS: tuple[Remat, ...] = ("none", "full", "dots")
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(LayerVariant):
     """Everything that makes one decoder: shape, attention variant, layer pattern, compilation.
+
+    The fields of `LayerVariant` hold for every layer.
 
     Args:
         vocab_size: V, reserved ids included.
@@ -22,27 +26,17 @@ class DecoderConfig:
         head_dim: H, size of a head; even with RoPE.
         mlp_dim: F, width of the feed-forward layer.
         context_length: tokens per training row; what a cache may hold rotated.
-        normalizer: logits to weights: softmax, softmax1, softmax_n(n=2.0), sigmoid(bias=-4.0),
-            softpick.
-        sinks: one learned sink logit per query head in the denominator; only with softmax.
-        gate: sigmoid gate on the attention output, one number per head or one per element.
-        qk_norm: RMSNorm with a learned gain on every query and key head, before RoPE.
         windows: window of each layer in tokens, None for all; the pattern repeats over the layers.
-        num_sink_tokens: P, first tokens that stay visible outside every window.
+        sink_layers: which layers have sink logits where there are any: all, or those with a window.
         num_learned_sink_tokens: reserved ids at the end of the vocabulary that the data pipeline
             and the prefill put before each document; counted in num_sink_tokens.
-        rope_theta: base of the rotary embedding; None: no positions at all.
-        scale: of the logits; None: one over the square root of H.
-        logits_soft_cap: c in c*tanh(logits/c); None: no cap.
+        embedding_projection: a D x D matrix after the embedding and one before the head, both
+            orthogonal at the start; `sinkjax.models.merge_embedding_projection` removes them.
         tied_head: logits from the embedding table instead of a matrix of their own.
         scan_layers: stack the layers and scan over the repeating group: compile time does not grow
             with L. Same numbers; `sinkjax.models.unroll` goes back.
         remat: what the backward pass computes again: none; full, all of a layer; dots, all but
             matrix products.
-        norm_epsilon: added to the mean square in every norm.
-        init_std: standard deviation of all kernels at the start.
-        dtype: of the computation; norms, sinks and softmax stay in float32 at least.
-        param_dtype: of the stored kernels; norm gains and sinks are float32 at least.
 
     Raises:
         ValueError: names the field, what was expected and what came.
@@ -56,23 +50,13 @@ class DecoderConfig:
     head_dim: int
     mlp_dim: int
     context_length: int
-    normalizer: str = "softmax"
-    sinks: bool = False
-    gate: Gate = "none"
-    qk_norm: bool = False
     windows: tuple[int | None, ...] = (None,)
-    num_sink_tokens: int = 0
+    sink_layers: SinkLayers = "all"
     num_learned_sink_tokens: int = 0
-    rope_theta: float | None = 10000.0
-    scale: float | None = None
-    logits_soft_cap: float | None = None
+    embedding_projection: bool = False
     tied_head: bool = False
     scan_layers: bool = False
     remat: Remat = "none"
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.02
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "mlp_dim", "context_length"):
@@ -105,29 +89,29 @@ class DecoderConfig:
                 f"{self.num_learned_sink_tokens} with windows={self.windows}, "
                 f"got {self.num_sink_tokens}"
             )
+        if self.sink_layers == "windowed" and not (self.has_sinks and windowed):
+            raise ValueError(
+                "sink_layers: expected 'all' without sink logits or without windows, "
+                f"got 'windowed' with sinks={self.sinks}, windows={self.windows}"
+            )
         for layer in range(len(self.windows)):
             self.layer(layer)
 
     def layer(self, index: int) -> AttentionConfig:
         """The attention config of layer ``index``, counted from the embedding."""
+        window = self.windows[index % len(self.windows)]
+        variant = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(LayerVariant)
+        }
+        if self.sink_layers == "windowed" and window is None:
+            variant |= {"sinks": False, "num_sinks": 1, "token_sinks": False}
         return AttentionConfig(
             model_dim=self.model_dim,
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            normalizer=self.normalizer,
-            sinks=self.sinks,
-            gate=self.gate,
-            qk_norm=self.qk_norm,
-            window=self.windows[index % len(self.windows)],
-            num_sink_tokens=self.num_sink_tokens,
-            rope_theta=self.rope_theta,
-            scale=self.scale,
-            logits_soft_cap=self.logits_soft_cap,
-            norm_epsilon=self.norm_epsilon,
-            init_std=self.init_std,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            window=window,
+            **variant,
         )
 
     @property

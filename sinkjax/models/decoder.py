@@ -10,8 +10,9 @@ from sinkjax.cache import Cache, Description, LayerSpec, create
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.output import Output
 from sinkjax.modules.block import Block
-from sinkjax.modules.norm import RMSNorm
+from sinkjax.modules.norm import make_norm
 from sinkjax.modules.projection import contract
+from sinkjax.ops import penalties as formulas
 from sinkjax.sharding import constrain, take_rows
 
 
@@ -39,6 +40,27 @@ class Head(nnx.Module):
         return _logits("BTD,DV->BTV", hidden, self.kernel[...], self.dtype)
 
 
+class EmbeddingProjection(nnx.Module):
+    """Square matrix ``kernel`` [D, D], orthogonal at the start.
+
+    One wants it because Adam on the embedding makes outliers along the axes of the residual stream;
+    behind a matrix that Muon trains, those axes are not the embedding's.
+
+    Source: Park et al. 2025, arXiv 2506.19697 (EmbProj).
+    """
+
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        orthogonal = jax.nn.initializers.orthogonal()
+        # In float32: the decomposition behind it knows no narrower type.
+        wide = jnp.promote_types(config.param_dtype, jnp.float32)
+        kernel = orthogonal(rngs.params(), (config.model_dim, config.model_dim), wide)
+        self.kernel = nnx.Param(kernel.astype(config.param_dtype))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return contract("BTD,DE->BTE", x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+
+
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: DecoderConfig) -> Array:
     normal = jax.random.normal(rngs.params(), shape, jnp.dtype(config.param_dtype))
     return normal * jnp.asarray(config.init_std, normal.dtype)
@@ -61,8 +83,9 @@ class Decoder(nnx.Module):
     One wants it because every sink variant, window pattern and cache policy of the library can be
     trained, streamed and measured on this one model.
 
-    Parameters: ``embedding/embedding`` [V, D], ``blocks/{i}/...``, ``final_norm/scale`` [D],
-    ``head/kernel`` [D, V] (absent when tied). With ``scan_layers`` the list ``blocks`` runs over
+    Parameters: ``embedding/embedding`` [V, D], ``blocks/{i}/...``, ``final_norm/...``,
+    ``head/kernel`` [D, V] (absent when tied); as the config asks ``embedding_projection/kernel`` and
+    ``head_projection/kernel`` [D, D]. With ``scan_layers`` the list ``blocks`` runs over
     the repeating pattern of windows and every leaf has a leading axis [L / len(windows)].
     The same seed gives the same parameters, stacked or not.
 
@@ -86,12 +109,14 @@ class Decoder(nnx.Module):
             )
         else:
             self.blocks = nnx.List([_block(config, i, key) for i, key in enumerate(keys)])
-        self.final_norm = RMSNorm(
-            config.model_dim, epsilon=config.norm_epsilon, param_dtype=config.param_dtype
-        )
+        self.final_norm = make_norm(config.model_dim, config, rngs)
         if not config.tied_head:
             # Shadows the method: `model.head(hidden)` either way, and the matrix is head/kernel.
             self.head = Head(config, rngs=rngs)  # pyright: ignore[reportAttributeAccessIssue]
+        if config.embedding_projection:
+            # Drawn last, so that the other parameters of a seed stay what they are without it.
+            self.embedding_projection = EmbeddingProjection(config, rngs=rngs)
+            self.head_projection = EmbeddingProjection(config, rngs=rngs)
 
     def __call__(
         self,
@@ -101,6 +126,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | Int[Array, " T"] | None = None,
         cache: Cache | None = None,
         statistics: bool = False,
+        penalties: tuple[str, ...] = (),
     ) -> Output:
         """Logits of the next token at every position.
 
@@ -112,14 +138,23 @@ class Decoder(nnx.Module):
             cache: tokens seen before, from `init_cache`; the result holds the one that follows.
             statistics: also reduce per-layer attention and residual statistics (`Attention`,
                 `Block`); with a cache those of the residual stream only.
+            penalties: names of `sinkjax.ops.penalties.PENALTIES` to return in ``aux``, unweighted,
+                over the tokens that are no padding: ``tweo`` is a mean over the layers,
+                ``decorrelation`` (from the first token of the segment) over the layers but the
+                last, ``hidden_z_loss`` of the last layer before the norm. Not with a cache.
 
         Returns:
             `Output`; statistics have a leading layer axis in the order of the layers.
 
         Raises:
-            ValueError: a cache together with segment_ids.
+            ValueError: a cache together with segment_ids or penalties, or an unknown penalty.
         """
-        x = _keep_rows(self.embedding(tokens))
+        _check_penalties(penalties, self.config.num_layers, cached=cache is not None)
+        x = _keep_rows(self.embed(tokens))
+        measured = None
+        if penalties:
+            measured = penalties, formulas.segments(tokens.shape, positions, segment_ids)
+        aux = {}
         if cache is not None:
             if segment_ids is not None:
                 raise ValueError(
@@ -131,14 +166,26 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(positions, tokens.shape)
             x, cache, reduced = self._cached(x, positions, cache, statistics)
         elif self.config.scan_layers:
-            x, reduced = self._scanned(x, positions, segment_ids, statistics)
+            x, (reduced, aux) = self._scanned(x, positions, segment_ids, statistics, measured)
         else:
-            x, reduced = self._unrolled(x, positions, segment_ids, statistics)
+            x, (reduced, aux) = self._unrolled(x, positions, segment_ids, statistics, measured)
+        if measured:
+            aux = _over_layers(*measured, aux, x)
         hidden = self.final_norm(x)
-        return Output(self.head(hidden), hidden, cache, {}, reduced)
+        if self.config.embedding_projection:
+            hidden = self.head_projection(hidden)
+        return Output(self.head(hidden), hidden, cache, aux, reduced)
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first block reads: the embeddings, projected where the config asks for it."""
+        x = self.embedding(tokens)
+        return self.embedding_projection(x) if self.config.embedding_projection else x
 
     def head(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits of normalised hidden states, accumulated and returned in float32 at least."""
+        """Logits of `Output.hidden`, accumulated and returned in float32 at least.
+
+        With an embedding projection `Output.hidden` is already behind it.
+        """
         # The array, not the module: a shared submodule would be two parameters in tree mode.
         table = self.embedding.embedding[...]
         return _logits("BTD,VD->BTV", hidden, table, self.config.dtype)
@@ -155,7 +202,13 @@ class Decoder(nnx.Module):
         """
         config = self.config
         layers = [
-            LayerSpec(config.num_kv_heads, config.head_dim, layer.window, layer.num_sink_tokens)
+            LayerSpec(
+                config.num_kv_heads,
+                config.head_dim,
+                layer.window,
+                layer.num_sink_tokens,
+                config.num_heads if config.forget_gate else 0,
+            )
             for layer in map(config.layer, range(config.num_layers))
         ]
         return create(
@@ -183,34 +236,35 @@ class Decoder(nnx.Module):
             reduced.append(statistic)
         return x, cache.advance(tuple(states), positions), _stack(reduced)
 
-    def _unrolled(self, x, positions, segment_ids, statistics):
-        apply = self._apply(statistics)
+    def _unrolled(self, x, positions, segment_ids, statistics, measured):
+        apply = self._apply(statistics, measured)
         reduced = []
         for block in self.blocks:
-            x, statistic = apply(block, x, positions, segment_ids)
-            reduced.append(statistic)
+            x, found = apply(block, x, positions, segment_ids)
+            reduced.append(found)
         return x, _stack(reduced)
 
-    def _scanned(self, x, positions, segment_ids, statistics):
-        apply = self._apply(statistics)
+    def _scanned(self, x, positions, segment_ids, statistics, measured):
+        apply = self._apply(statistics, measured)
 
         def group(x, blocks):
             reduced = []
             for block in blocks:
-                x, statistic = apply(block, x, positions, segment_ids)
-                reduced.append(statistic)
+                x, found = apply(block, x, positions, segment_ids)
+                reduced.append(found)
             return x, _stack(reduced)
 
         x, reduced = jax.lax.scan(group, x, tuple(self.blocks))
         # [L / pattern, pattern, ...] is already the order of the layers.
-        return x, {k: v.reshape(-1, *v.shape[2:]) for k, v in reduced.items()}
+        return x, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), reduced)
 
-    def _apply(self, statistics):
+    def _apply(self, statistics, measured):
         def apply(block, x, positions, segment_ids):
             x, _, reduced = block(
                 x, positions=positions, segment_ids=segment_ids, statistics=statistics
             )
-            return _keep_rows(x), reduced
+            x = _keep_rows(x)
+            return x, (reduced, _of_layer(measured[0], measured[1], x) if measured else {})
 
         if self.config.remat == "none":
             return apply
@@ -237,5 +291,50 @@ def _block(config: DecoderConfig, index: int, key: Array) -> Block:
     return Block(config.layer(index), config.mlp_dim, rngs=nnx.Rngs(params=key))
 
 
-def _stack(reduced: list[dict[str, Array]]) -> dict[str, Array]:
-    return {name: jnp.stack([layer[name] for layer in reduced]) for name in reduced[0]}
+def _stack(reduced):
+    return jax.tree.map(lambda *layers: jnp.stack(layers), *reduced)
+
+
+def _check_penalties(names: tuple[str, ...], num_layers: int, cached: bool) -> None:
+    unknown = [name for name in names if name not in formulas.PENALTIES]
+    if unknown:
+        expected = ", ".join(formulas.PENALTIES)
+        raise ValueError(f"penalties: expected some of {expected}; got {', '.join(unknown)}")
+    if names and cached:
+        raise ValueError(f"penalties: expected none with a cache, got {', '.join(names)}")
+    if "decorrelation" in names and num_layers < 2:
+        raise ValueError(
+            "penalties: expected at least 2 layers with decorrelation, which leaves out the last; "
+            f"got {num_layers}"
+        )
+
+
+def _of_layer(
+    names: tuple[str, ...], segments: Int[Array, "B T"], x: Float[Array, "B T D"]
+) -> dict[str, Array]:
+    """The penalties of one block's output."""
+    found = {}
+    if "tweo" in names:
+        found["tweo"] = formulas.tweo(x, formulas.counted("tweo", segments))
+    if "decorrelation" in names:
+        first = formulas.first_tokens(segments)[..., None]
+        anchor = jnp.take_along_axis(x, first, axis=1)
+        mask = formulas.counted("decorrelation", segments)
+        found["decorrelation"] = formulas.decorrelation(x, anchor, mask)
+    return found
+
+
+def _over_layers(
+    names: tuple[str, ...],
+    segments: Int[Array, "B T"],
+    layers: dict[str, Array],
+    x: Float[Array, "B T D"],
+) -> dict[str, Array]:
+    """The penalties of the model from those of its layers and the last layer's output."""
+    found = {name: value.mean() for name, value in layers.items()}
+    if "decorrelation" in layers:
+        found["decorrelation"] = layers["decorrelation"][:-1].mean()
+    if "hidden_z_loss" in names:
+        mask = formulas.counted("hidden_z_loss", segments)
+        found["hidden_z_loss"] = formulas.hidden_z_loss(x, mask)
+    return found

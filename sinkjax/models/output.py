@@ -12,9 +12,10 @@ class Output:
 
     Args:
         logits: [B, T, V], float32 at least. Under jit they cost nothing when unused.
-        hidden: [B, T, D], after the last norm; `model.head(hidden)` gives the logits.
+        hidden: [B, T, D], what the head reads: after the last norm and, where there is one, the
+            projection behind it; `model.head(hidden)` gives the logits.
         cache: the cache after this call, None without one.
-        aux: named scalar losses that the model asks to be added.
+        aux: named scalar losses: penalties that were asked for, unweighted.
         statistics: reductions by name, each with a leading layer axis [L, ...]; empty unless asked.
     """
 

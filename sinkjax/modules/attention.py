@@ -1,125 +1,33 @@
 """Attention as a module: one class, every variant chosen by its frozen config."""
 
-import dataclasses
-from typing import Any, Literal
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax.cache import LayerState, LayerView, attend
+from sinkjax.modules.attention_config import AttentionConfig as AttentionConfig
+from sinkjax.modules.gate import Gate
 from sinkjax.modules.norm import RMSNorm
 from sinkjax.modules.projection import Projection
 from sinkjax.modules.tap import tap
+from sinkjax.modules.terms import Constants, ForgetGate, KeyValueBias, Lambda, float_type
+from sinkjax.ops import forgetting
+from sinkjax.ops import positions as position_ops
+from sinkjax.ops import slots as slot_ops
 from sinkjax.ops.attention import (
     attention_statistics,
     attention_weights,
     dot_product_attention,
 )
-from sinkjax.ops.gates import elementwise_gate, headwise_gate
+from sinkjax.ops.differential import combine, widen_values
 from sinkjax.ops.precision import at_least_float32
-from sinkjax.ops.rope import Rope, rotate
-from sinkjax_kernels.normalizers import Softmax
-from sinkjax_kernels.normalizers import resolve as resolve_normalizer
-
-Gate = Literal["none", "headwise", "elementwise"]
-DType = Literal["float32", "bfloat16", "float16", "float64"]
-GATES: tuple[Gate, ...] = ("none", "headwise", "elementwise")
-DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """The shape and the variant of one attention layer.
-
-    Args:
-        model_dim: D, width of the residual stream.
-        num_heads: N, query heads.
-        num_kv_heads: K, key/value heads; N is a multiple of K.
-        head_dim: H.
-        normalizer: logits to weights, a name of `sinkjax_kernels.normalizers`.
-        sinks: one learned sink logit per query head in the denominator; only with ``"softmax"``.
-        gate: sigmoid gate on the attention output, scored from the input of the layer: one number
-            per head or one per element. Starts at about one half (kernel N(0, init_std), no bias).
-        qk_norm: RMSNorm with a learned gain on every query and key head, before RoPE.
-        window: W, keys a query sees back, itself included (and forward when not causal); None: all.
-        num_sink_tokens: P, first tokens that stay visible outside the window.
-        is_causal: no query sees a later key.
-        rope_theta: base of the rotary embedding; None: no positions at all.
-        scale: of the logits; None: 1/sqrt(H).
-        logits_soft_cap: c in c*tanh(logits/c); None: no cap.
-        norm_epsilon: of the query and key norms.
-        init_std: standard deviation of all kernels at the start.
-        dtype: of the computation. Norms, sinks and softmax stay in float32 at least.
-        param_dtype: of the stored kernels. Norm gains and sinks are float32 at least.
-
-    Raises:
-        ValueError: names the field, what was expected and what came.
-    """
-
-    model_dim: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    normalizer: str = "softmax"
-    sinks: bool = False
-    gate: Gate = "none"
-    qk_norm: bool = False
-    window: int | None = None
-    num_sink_tokens: int = 0
-    is_causal: bool = True
-    rope_theta: float | None = 10000.0
-    scale: float | None = None
-    logits_soft_cap: float | None = None
-    norm_epsilon: float = 1e-6
-    init_std: float = 0.02
-    dtype: DType = "float32"
-    param_dtype: DType = "float32"
-
-    def __post_init__(self):
-        for name in ("model_dim", "num_heads", "num_kv_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                "num_heads: expected a multiple of num_kv_heads="
-                f"{self.num_kv_heads}, got {self.num_heads}"
-            )
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window: expected at least 1 or None, got {self.window}")
-        if self.num_sink_tokens < 0:
-            raise ValueError(f"num_sink_tokens: expected at least 0, got {self.num_sink_tokens}")
-        if self.rope_theta is not None and self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: expected an even number with rope_theta={self.rope_theta}, "
-                f"got {self.head_dim}"
-            )
-        for name in ("rope_theta", "scale", "logits_soft_cap"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number or None, got {value}")
-        for name, choices in (("gate", GATES), ("dtype", DTYPES), ("param_dtype", DTYPES)):
-            if getattr(self, name) not in choices:
-                expected = ", ".join(choices)
-                raise ValueError(f"{name}: expected one of {expected}; got {getattr(self, name)!r}")
-        normalizer = resolve_normalizer(self.normalizer)
-        if self.sinks and not isinstance(normalizer, Softmax):
-            raise ValueError(
-                f"sinks: expected normalizer='softmax' with sinks=True, got {self.normalizer!r}"
-            )
-
-    @property
-    def rope(self) -> Rope | None:
-        """The rotary embedding of this layer, None without one."""
-        return None if self.rope_theta is None else Rope(self.head_dim, self.rope_theta)
-
-    @property
-    def local_window_size(self) -> tuple[int, int] | None:
-        """The window as (left, right), neither counting the query itself."""
-        if self.window is None:
-            return None
-        return (self.window - 1, 0 if self.is_causal else self.window - 1)
+from sinkjax.ops.rope import rotate
+from sinkjax_kernels.normalizers import Softmax, Softmax1, SoftmaxN
 
 
 class Attention(nnx.Module):
@@ -131,13 +39,16 @@ class Attention(nnx.Module):
     One wants it because a fair comparison of sink variants needs everything else to be one code.
 
     Parameters: ``query/kernel`` [D, N, H], ``key/kernel`` and ``value/kernel`` [D, K, H],
-    ``out/kernel`` [N, H, D]; as the config asks ``sinks`` [N] (zeros: starts as softmax1),
-    ``gate/kernel`` [D, N] or [D, N, H], ``query_norm/scale`` and ``key_norm/scale`` [H].
+    ``out/kernel`` [N, H, D]; as the config asks ``sinks`` [N] or [N, num_sinks] (zeros: starts as
+    softmax1), ``token_sinks/kernel`` [D, N], ``normalizer/...`` (`Constants`), ``kv_bias/key`` and
+    ``kv_bias/value`` [K, m, H], ``gate/...`` (`Gate`), ``forget/kernel`` [D, N] and ``forget/bias``
+    [N], ``distance_bias`` [N, R] (zeros), ``differential/...`` (`Lambda`), ``query_norm/scale`` and
+    ``key_norm/scale`` [H].
 
     Taps (under ``nnx.capture``): ``query key value`` before RoPE, ``query_rotated key_rotated``,
     ``weights`` [B, N, T, S], ``gate`` (the open fraction), ``attention_out`` (after the gate).
 
-    Source: gate Qiu et al. 2025, arXiv 2505.06708, position G1; sinks gpt-oss, arXiv 2508.10925.
+    Source: of every variant, `sinkjax/ops/README.md`.
     """
 
     def __init__(self, config: AttentionConfig, rngs: nnx.Rngs):
@@ -156,15 +67,26 @@ class Attention(nnx.Module):
 
         self.query = projection("BTD,DNH->BTNH", D, N, H)
         self.key = projection("BTD,DKH->BTKH", D, K, H)
-        self.value = projection("BTD,DKH->BTKH", D, K, H)
+        if not config.share_value:
+            self.value = projection("BTD,DKH->BTKH", D, K, H)
         self.out = projection("BTNH,NHD->BTD", N, H, D)
         if config.sinks:
-            float_type = jnp.promote_types(config.param_dtype, jnp.float32)
-            self.sinks = nnx.Param(jnp.zeros((N,), float_type))
-        if config.gate == "headwise":
-            self.gate = projection("BTD,DN->BTN", D, N)
-        elif config.gate == "elementwise":
-            self.gate = projection("BTD,DNH->BTNH", D, N, H)
+            shape = (N,) if config.num_sinks == 1 else (N, config.num_sinks)
+            self.sinks = nnx.Param(jnp.zeros(shape, float_type(config)))
+        if config.token_sinks:
+            self.token_sinks = projection("BTD,DN->BTN", D, N)
+        if config.learn_normalizer:
+            self.normalizer = Constants(config)
+        if config.kv_bias != "none":
+            self.kv_bias = KeyValueBias(config, rngs=rngs)
+        if config.gate != "none":
+            self.gate = Gate(config, rngs=rngs)
+        if config.forget_gate:
+            self.forget = ForgetGate(config, rngs=rngs)
+        if config.distance_bias:
+            self.distance_bias = nnx.Param(jnp.zeros((N, config.distance_bias), float_type(config)))
+        if config.differential:
+            self.differential = Lambda(config, rngs=rngs)
         if config.qk_norm:
             epsilon, param_dtype = config.norm_epsilon, config.param_dtype
             self.query_norm = RMSNorm(H, epsilon=epsilon, param_dtype=param_dtype)
@@ -195,17 +117,22 @@ class Attention(nnx.Module):
         Raises:
             ValueError: a cache without positions, with segments or statistics, or not causal.
         """
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if self.config.qk_norm:
+        config = self.config
+        real = _real(x, positions, segment_ids)
+        query, key = self.query(x), self.key(x)
+        value = key if config.share_value else self.value(x)
+        if config.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
+        query = self._gated("query", query, x, real)
+        key, value = self._gated("key", key, x, real), self._gated("value", value, x, real)
         tap(self, "query", query)
         tap(self, "key", key)
         tap(self, "value", value)
         state, reduced = None, {}
         if cache is None:
-            out, reduced = self._attend(query, key, value, positions, segment_ids, statistics)
+            out, reduced = self._attend(x, query, key, value, positions, segment_ids, statistics)
         else:
-            if not self.config.is_causal:
+            if not config.is_causal:
                 raise ValueError("cache: expected a causal layer, got is_causal=False")
             if positions is None or segment_ids is not None or statistics:
                 raise ValueError(
@@ -213,33 +140,94 @@ class Attention(nnx.Module):
                     f"positions={'None' if positions is None else positions.shape}, segment_ids="
                     f"{'None' if segment_ids is None else segment_ids.shape}, {statistics=}"
                 )
-            out, state = self._attend_cached(cache, query, key, value, positions)
-        out = self._gated(x, out)
+            out, state = self._attend_cached(cache, x, query, key, value, positions)
+        if config.differential:
+            lam = self.differential()
+            out = combine(out, lam, self.differential.scale[...], epsilon=config.norm_epsilon)
+        out = self._gated("attention", out, x, real)
         tap(self, "attention_out", out)
-        return self.out(out), state, reduced
+        return self._gated("output", self.out(out), x, real), state, reduced
+
+    # --- what every attention call of this layer has in common, cached or not
 
     @property
-    def _variant(self) -> dict[str, Any]:
-        """What every attention call of this layer has in common, cached or not."""
+    def _call(self) -> dict[str, Any]:
         config = self.config
         return dict(
             scale=config.scale,
             num_sink_tokens=config.num_sink_tokens,
-            sinks=self.sinks[...] if config.sinks else None,
-            normalizer=config.normalizer,
             logits_soft_cap=config.logits_soft_cap,
+            normalizer_params=self.normalizer() if config.learn_normalizer else None,
         )
 
-    def _attend(
-        self, query, key, value, positions, segment_ids, statistics
-    ) -> tuple[Any, dict[str, Array]]:
+    def _sinks(self, x: Float[Array, "B T D"]) -> list[Array]:
+        """Learned sink logits: per head, several per head, per token."""
+        found = [self.sinks[...]] if self.config.sinks else []
+        return found + ([at_least_float32(self.token_sinks(x))] if self.config.token_sinks else [])
+
+    @property
+    def _slots(self) -> slot_ops.Slots | None:
         config = self.config
+        if config.kv_bias == "none":
+            return None
+        return self.kv_bias(config.kv_bias, config.kv_bias_position)
+
+    def _position_bias(self, *, alibi: bool) -> Callable[[Array], Array] | None:
+        """The logit bias as a function of the distance, None without one."""
+        config = self.config
+        terms: list[Callable[[Array], Array]] = []
+        if alibi and config.alibi != "none":
+            slopes = self._alibi_slopes
+            terms.append(lambda distance: position_ops.alibi_bias(distance, slopes))
+        if config.distance_bias:
+            table = self.distance_bias[...]
+            terms.append(lambda distance: position_ops.learned_distance_bias(distance, table))
+        if not terms:
+            return None
+        return lambda distance: functools.reduce(jnp.add, [term(distance) for term in terms])
+
+    @property
+    def _alibi_slopes(self) -> Float[Array, " N"]:
+        config = self.config
+        slopes = position_ops.alibi_slopes(config.num_heads, balanced=config.alibi == "balanced")
+        return jnp.asarray(slopes, float_type(config))
+
+    # --- without a cache
+
+    def _attend(
+        self, x, query, key, value, positions, segment_ids, statistics
+    ) -> tuple[Any, dict[str, Array]]:
+        config, slots = self.config, self._slots
+        real = _real(x, positions, segment_ids)
+        index = jnp.arange(x.shape[1]) if positions is None else positions
+        index = index if index.ndim == 2 else index[None]
+        slot_query = query
         if config.rope is not None:
-            index = jnp.arange(query.shape[1]) if positions is None else positions
             query, key = rotate(query, index, config.rope), rotate(key, index, config.rope)
+        if config.kv_bias_position == "start":
+            slot_query = query
         tap(self, "query_rotated", query)
         tap(self, "key_rotated", key)
-        options: dict[str, Any] = self._variant | dict(
+
+        decay = self._decay(x, index, real)
+        bias, shift = (None, None) if decay is None else forgetting.decay_bias(decay)
+        position_bias = self._position_bias(alibi=decay is None)
+        if position_bias is not None:
+            dense = position_bias(position_ops.distances(index, index))
+            bias = dense if bias is None else bias + dense
+        scale, cap = config.scale, config.logits_soft_cap
+        logits = slot_ops.slot_logits(slot_query, slots, scale=scale, logits_soft_cap=cap)
+        normalizer, sinks = slot_ops.join_sinks(
+            config.normalizer,
+            *self._sinks(x),
+            logits if slots is not None and slots.competes else None,
+            shift=shift,
+        )
+        options: dict[str, Any] = self._call | dict(
+            bias=bias,
+            mask=_isolation(index, config.num_sink_tokens) if config.isolate_sinks else None,
+            normalizer=normalizer,
+            sinks=sinks,
             is_causal=config.is_causal,
             local_window_size=config.local_window_size,
             query_positions=positions,
@@ -248,22 +236,45 @@ class Attention(nnx.Module):
             key_segment_ids=segment_ids,
         )
         tap(self, "weights", lambda: attention_weights(query, key, **options))
-        if not statistics:
-            return dot_product_attention(query, key, value, **options), {}
+        values = widen_values(value) if config.differential else value
+        reads_lse = slots is not None and slots.reads_lse
         lse = None
-        if resolve_normalizer(config.normalizer).has_log_sum_exp:
-            out, lse = dot_product_attention(query, key, value, **options, return_residual=True)
+        if reads_lse or (statistics and normalizer.has_log_sum_exp):
+            out, lse = dot_product_attention(query, key, values, **options, return_residual=True)
         else:
-            out = dot_product_attention(query, key, value, **options)
+            out = dot_product_attention(query, key, values, **options)
+        unshifted = lse if lse is None or shift is None else lse - shift
+        out: Any = slot_ops.add_slot_values(out, slots, logits, unshifted, where=real)
+        if not statistics:
+            return out, {}
         reduced = attention_statistics(query, key, **options, lse=lse)._asdict()
+        if shift is not None:
+            reduced["max_logit"] -= jax.lax.stop_gradient(shift).swapaxes(1, 2)
         # Numbers to look at, not to train on: a gradient would double the backward pass.
         reduced["key_norm"] = _head_norm(key)
         reduced["value_norm"] = _head_norm(value)
         return out, reduced
 
-    def _attend_cached(self, cache, query, key, value, positions):
+    def _decay(self, x, index, real) -> Float[Array, "B T N"] | None:
+        """What fades with distance, where the normaliser allows for it in memory linear in T."""
+        config = self.config
+        if config.forget_gate:
+            return forgetting.cumulative_decay(forgetting.log_forget(self.forget(x), real))
+        exp_sum = isinstance(config.described_normalizer, Softmax | Softmax1 | SoftmaxN)
+        if config.alibi == "none" or not (config.is_causal and exp_sum):
+            return None
+        decay = position_ops.alibi_decay(index, self._alibi_slopes)
+        return jnp.broadcast_to(decay, (x.shape[0], *decay.shape[1:]))
+
+    # --- with a cache
+
+    def _attend_cached(self, cache, x, query, key, value, positions):
         config = self.config
         positions = jnp.broadcast_to(positions, query.shape[:2])
+        normalizer, sinks = slot_ops.join_sinks(config.normalizer, *self._sinks(x))
+        log_forget = None
+        if config.forget_gate:
+            log_forget = forgetting.log_forget(self.forget(x), positions >= 0)
         return attend(
             cache,
             query,
@@ -272,17 +283,36 @@ class Attention(nnx.Module):
             positions,
             rope=config.rope,
             window=config.window,
-            **self._variant,
+            normalizer=normalizer,
+            sinks=sinks,
+            slots=self._slots,
+            position_bias=self._position_bias(alibi=True),
+            log_forget=log_forget,
+            differential=config.differential,
+            **self._call,
         )
 
-    def _gated(self, x, out):
-        if self.config.gate == "none":
-            return out
-        scores = self.gate(x)
-        tap(self, "gate", lambda: jax.nn.sigmoid(scores.astype(jnp.float32)))
-        if self.config.gate == "headwise":
-            return headwise_gate(out, scores)
-        return elementwise_gate(out, scores)
+    def _gated(self, place: str, subject, x, real) -> Any:
+        """The subject through the gate, if it is the one at this place."""
+        if self.config.gate == "none" or self.gate.place != place:
+            return subject
+        scores = self.gate.scores(subject, x, valid=real)
+        tap(self, "gate", lambda: self.gate.values(scores))
+        return self.gate.apply(subject, scores)
+
+
+def _real(x, positions, segment_ids) -> Bool[Array, "B T"]:
+    """Tokens that are no padding."""
+    real = jnp.ones(x.shape[:2], bool)
+    if positions is not None:
+        real &= positions >= 0
+    return real if segment_ids is None else real & (segment_ids != 0)
+
+
+def _isolation(index: Int[Array, "#B T"], num_sink_tokens: int) -> Bool[Array, "#B 1 T T"]:
+    """Sink tokens see themselves only; as large as the logits of one head."""
+    query, key = index[:, None, :, None], index[:, None, None, :]
+    return (query >= num_sink_tokens) | (query == key)
 
 
 def _head_norm(x: Float[Array, "B S K H"]) -> Float[Array, "B K S"]:

@@ -1,4 +1,4 @@
-"""A pre-norm transformer block."""
+"""A transformer block: two halves, each with norms and a residual."""
 
 import jax
 import jax.numpy as jnp
@@ -8,41 +8,53 @@ from jaxtyping import Array, Bool, Float, Int
 from sinkjax.cache import LayerState, LayerView
 from sinkjax.modules.attention import Attention, AttentionConfig
 from sinkjax.modules.mlp import MLP
-from sinkjax.modules.norm import RMSNorm
+from sinkjax.modules.norm import make_norm
 from sinkjax.modules.tap import tap
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward layer, each behind a norm and beside a residual.
+    """Attention and feed-forward layer, each beside a residual, with norms where the config says.
 
-    x <- x + attention(norm(x));  x <- x + mlp(norm(x))
+    f is attention, then mlp. ``config.norm_placement``:
+    ``"pre"``: x <- x + f(norm(x)); ``"post"``: x <- norm(x + f(x));
+    ``"sandwich"``: x <- x + norm_out(f(norm(x)))
 
-    Parameters: ``attention/...``, ``mlp/...``, ``attention_norm/scale``, ``mlp_norm/scale`` [D].
+    One wants the choice because it decides whether massive activations show in the stream: a norm
+    after the sum divides them out again. Sinks form with each of the three.
+
+    Parameters: ``attention/...``, ``mlp/...``, ``attention_norm/...`` and ``mlp_norm/...``, of which
+    ``scale`` [D] in the plain norm; sandwiched also ``attention_norm_out`` and ``mlp_norm_out``.
     Taps: ``residual_attention`` and ``residual_mlp``, the stream after each half.
     Statistics, beside those of the attention, over the two halves in this order:
     ``residual_norm`` [B, 2, T] the L2 norm, ``residual_top`` [B, 2, 3] the three largest |x| over
     (T, D), ``residual_median`` [B, 2] the median |x|; padding is left out of the last two.
 
     Args:
-        config: of the attention; its norm_epsilon, init_std and dtypes hold for the block.
+        config: of the attention; its norms, init_std and dtypes hold for the block.
         mlp_dim: F, width inside the feed-forward layer.
         rngs: source of the initial parameters.
+
+    Source: post Vaswani et al., arXiv 1706.03762; pre Xiong et al., arXiv 2002.04745; sandwich Ding
+        et al., arXiv 2105.13290.
     """
 
     def __init__(self, config: AttentionConfig, mlp_dim: int, rngs: nnx.Rngs):
         self.config = config
-        D, epsilon, param_dtype = config.model_dim, config.norm_epsilon, config.param_dtype
-        self.attention_norm = RMSNorm(D, epsilon=epsilon, param_dtype=param_dtype)
+        D = config.model_dim
+        self.attention_norm = make_norm(D, config, rngs)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = RMSNorm(D, epsilon=epsilon, param_dtype=param_dtype)
+        self.mlp_norm = make_norm(D, config, rngs)
         self.mlp = MLP(
             D,
             mlp_dim,
             init_std=config.init_std,
             dtype=config.dtype,
-            param_dtype=param_dtype,
+            param_dtype=config.param_dtype,
             rngs=rngs,
         )
+        if config.norm_placement == "sandwich":
+            self.attention_norm_out = make_norm(D, config, rngs)
+            self.mlp_norm_out = make_norm(D, config, rngs)
 
     def __call__(
         self,
@@ -54,16 +66,22 @@ class Block(nnx.Module):
         statistics: bool = False,
     ) -> tuple[Float[Array, "B T D"], LayerState | None, dict[str, Array]]:
         """As `Attention.__call__`, over the whole block; a cache takes residual statistics only."""
+        is_pre = self.config.norm_placement != "post"
         out, state, reduced = self.attention(
-            self.attention_norm(x),
+            self.attention_norm(x) if is_pre else x,
             positions=positions,
             segment_ids=segment_ids,
             cache=cache,
             statistics=statistics and cache is None,
         )
-        middle = x + out
+        if self.config.norm_placement == "sandwich":
+            out = self.attention_norm_out(out)
+        middle = x + out if is_pre else self.attention_norm(x + out)
         tap(self, "residual_attention", middle)
-        end = middle + self.mlp(self.mlp_norm(middle))
+        out = self.mlp(self.mlp_norm(middle) if is_pre else middle)
+        if self.config.norm_placement == "sandwich":
+            out = self.mlp_norm_out(out)
+        end = middle + out if is_pre else self.mlp_norm(middle + out)
         tap(self, "residual_mlp", end)
         if statistics:
             valid = jnp.ones(x.shape[:2], bool)

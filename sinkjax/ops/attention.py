@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax_kernels import masks, normalizers
-from sinkjax_kernels.flash import reference, xla
+from sinkjax_kernels.flash import reference, rows, xla
 from sinkjax_kernels.normalizers import Normalizer
 from sinkjax_kernels.statistics import reference as statistics_reference
 from sinkjax_kernels.statistics import xla as statistics_xla
@@ -40,6 +40,7 @@ _dense.told = False
 
 IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
     "xla": xla.attention,
+    "rows": rows.attention,
     "reference": _dense,
 }
 """By name, in the order in which `implementation=None` tries them."""
@@ -51,17 +52,21 @@ class _Call:
 
     operands: tuple
     normalizer: Normalizer
+    normalizer_params: dict[str, Array]
     scale: float
     logits_soft_cap: float | None
     batched: bool
 
     @property
     def static(self) -> dict[str, Any]:
-        return {
+        options: dict[str, Any] = {
             "normalizer": self.normalizer,
             "scale": self.scale,
             "logits_soft_cap": self.logits_soft_cap,
         }
+        if self.normalizer_params:
+            options["normalizer_params"] = self.normalizer_params
+        return options
 
 
 def dot_product_attention(
@@ -119,9 +124,14 @@ def dot_product_attention(
             index within their segment below it) are sink tokens.
         key_is_sink: `[S]`, `[B, S]` or `[B, K, S]`; overrides `num_sink_tokens`.
         sinks: sink logits, `[N]` or per token `[B, T, N]`; only with softmax. Not scaled, not capped.
-        normalizer: description or name (`softmax softmax1 softmax_n sigmoid softpick`), with
-            arguments as in `"sigmoid(bias=-3.5)"`.
-        normalizer_params: learned leaves of the normaliser, `[N]` each.
+        normalizer: description or name, with arguments as in `"sigmoid(bias=-3.5)"` or
+            `"relu(normalized=True)"`: `softmax softmax1 softmax_n sigsoftmax cog`, `sigmoid relu elu
+            identity consmax`, `softpick rectified_only relu_softmax scaled_softpick`, `ssmax
+            clipped_softmax normalized_clipped_softmax elastic_softmax`, `sparsemax entmax15 entmax`,
+            `stick_breaking` (causal, and blind to the query's own position). `elu` maps query and
+            key first.
+        normalizer_params: learned leaves of the normaliser, `[N]` each, added to the constants of
+            the description (`normalizers.Normalizer.parameters` names them).
         query_positions, key_positions: `[T]`/`[S]` or `[B, T]`/`[B, S]`, keys also `[B, K, S]`;
             the index in the buffer by default. A key at −1 is empty.
         query_segment_ids, key_segment_ids: `[T]`/`[S]` or `[B, T]`/`[B, S]`; given together.
@@ -307,14 +317,13 @@ def _check(
         )
 
     described = normalizers.resolve(normalizer)
-    unknown = set(normalizer_params or {}) - set(described.parameters)
-    if unknown:
-        raise ValueError(
-            f"normalizer_params: {described} takes {list(described.parameters)}, got {sorted(unknown)}"
-        )
+    params = check_params(described, normalizer_params, N)
+    if described.needs_causal and not is_causal:
+        raise ValueError(f"is_causal: expected True with normalizer {described}, got {is_causal}")
+    query, key = (normalizers.feature_map(described, x) for x in (query, key))
     if sinks is not None:
         sinks = jnp.asarray(sinks)
-        if not isinstance(described, normalizers.Softmax):
+        if not described.takes_sinks:
             raise ValueError(f"sinks: only softmax takes sink logits, got normalizer {described}")
         per_token = (B, T, N) if batched else (T, N)
         if sinks.shape not in ((N,), per_token):
@@ -327,12 +336,6 @@ def _check(
     mask = _square("mask", mask, (B, N, T, S))
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask: expected booleans, got {mask.dtype}; additive masks are `bias`")
-    for name, leaf in (normalizer_params or {}).items():
-        # The one learned leaf so far, sigmoid's bias, is an additive logit bias.
-        if leaf.shape != (N,):
-            raise ValueError(f"normalizer_params[{name!r}]: expected [N={N}], got {leaf.shape}")
-        shift = leaf[None, :, None, None]
-        bias = shift if bias is None else bias + shift
 
     visibility = masks.build(
         (B, T, S, K),
@@ -352,10 +355,32 @@ def _check(
     return _Call(
         operands=(query, key, value, bias, mask, visibility, sinks),
         normalizer=described,
+        normalizer_params=params,
         scale=1 / math.sqrt(H) if scale is None else float(scale),
         logits_soft_cap=logits_soft_cap,
         batched=batched,
     )
+
+
+def check_params(
+    normalizer: Normalizer, params: Mapping[str, Array] | None, heads: int
+) -> dict[str, Array]:
+    """Learned leaves of a normaliser, one number per query head.
+
+    Raises:
+        ValueError: a name that the normaliser does not take, or another shape.
+    """
+    unknown = set(params or {}) - set(normalizer.parameters)
+    if unknown:
+        raise ValueError(
+            f"normalizer_params: {normalizer} takes {list(normalizer.parameters)}, "
+            f"got {sorted(unknown)}"
+        )
+    leaves = {name: jnp.asarray(leaf) for name, leaf in (params or {}).items()}
+    for name, leaf in leaves.items():
+        if leaf.shape != (heads,):
+            raise ValueError(f"normalizer_params[{name!r}]: expected [N={heads}], got {leaf.shape}")
+    return leaves
 
 
 def _square(name: str, x, shape: tuple[int, ...]) -> Array | None:

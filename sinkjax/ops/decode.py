@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from sinkjax.ops.attention import check_params
 from sinkjax_kernels import decode, normalizers
 
 _KERNELS = {"reference": decode.decode_attention}
@@ -23,6 +24,7 @@ def decode_attention(
     num_sink_slots: int = 0,
     num_sink_tokens: int = 0,
     window: int | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
     sinks: Float[Array, " N"] | Float[Array, "B T N"] | None = None,
     normalizer: str | normalizers.Normalizer = "softmax",
     normalizer_params: Mapping[str, Array] | None = None,
@@ -47,8 +49,10 @@ def decode_attention(
         num_sink_slots: how many leading slots `sink_query` scores.
         num_sink_tokens: keys at positions below are exempt from the window.
         window: number of keys seen back, the query's own included; None is unbounded.
+        bias: added to the logits after scale and soft cap; S counts slots, in the order of the cache.
         sinks: sink logits per query head, or per token and head; only with softmax.
-        normalizer: a description or its name.
+        normalizer: a description or its name, as in `dot_product_attention`; `elu` maps query and key
+            first.
         normalizer_params: learned leaves of the normaliser, one number per query head.
         scale: of the logits; None is 1/√H.
         logits_soft_cap: c in c·tanh(x/c), after the scale.
@@ -80,14 +84,25 @@ def decode_attention(
         raise ValueError(f"num_sink_tokens: expected at least 0, got {num_sink_tokens}")
     if window is not None and window < 1:
         raise ValueError(f"window: expected at least 1 or None, got {window}")
-    if sinks is not None and not isinstance(description, normalizers.Softmax):
+    if sinks is not None and not description.takes_sinks:
         raise ValueError(f"sinks: only softmax takes sink logits, got normalizer {description}")
     if sinks is not None and sinks.shape not in ((N,), (B, T, N)):
         raise ValueError(f"sinks: expected [N]={(N,)} or [B, T, N]={(B, T, N)}, got {sinks.shape}")
+    if bias is not None and (
+        bias.ndim != 4
+        or any(size not in (1, full) for size, full in zip(bias.shape, (B, N, T, S), strict=True))
+    ):
+        raise ValueError(
+            f"bias: expected a shape broadcastable to {(B, N, T, S)}, got {bias.shape}"
+        )
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap: expected more than 0, got {logits_soft_cap}")
     if return_residual and not description.has_log_sum_exp:
         raise ValueError(f"return_residual: normalizer {description} has no log-sum-exp")
+    params = check_params(description, normalizer_params, N)
+    query, key = (normalizers.feature_map(description, x) for x in (query, key))
+    if sink_query is not None:
+        sink_query = normalizers.feature_map(description, sink_query)
     if key_positions.ndim == 2:
         key_positions = key_positions[:, None]
     results: Any = _dispatch(implementation)(
@@ -100,9 +115,10 @@ def decode_attention(
         num_sink_slots=num_sink_slots,
         num_sink_tokens=num_sink_tokens,
         window=window,
+        bias=bias,
         sinks=sinks,
         normalizer=description,
-        normalizer_params=normalizer_params,
+        normalizer_params=params,
         scale=H**-0.5 if scale is None else scale,
         logits_soft_cap=logits_soft_cap,
     )

@@ -56,6 +56,7 @@ def generate(
     stop_tokens: Collection[int] = (),
     tokenizer: StreamTokenizer | None = None,
     chunk_size: int = 256,
+    bos: bool = True,
 ) -> Iterator[Event]:
     """Continue a prompt, token by token, for ever or until told to stop.
 
@@ -74,6 +75,7 @@ def generate(
         stop_tokens: the first of them that is drawn is the last event.
         tokenizer: gives text and BOS; without it events have no text.
         chunk_size: tokens per prefill step.
+        bos: whether the tokenizer's BOS leads a new stream; False for a model trained without.
 
     Yields:
         `Event(token, text, logprob, statistics)`; never a learned sink token.
@@ -97,7 +99,7 @@ def generate(
     else:
         session = Session.start(model, cache, seed=seed or 0)
     learned = _learned_sink_ids(model)
-    tokens = _lead(session, prompt, tokenizer, learned)
+    tokens = _lead(session, prompt, tokenizer, learned, bos)
     size = _vocab_size(model)
     wrong = [] if size is None else [token for token in tokens if not 0 <= token < size]
     if size is not None and wrong:
@@ -161,16 +163,17 @@ def _events(
         tokens = [token]
 
 
-def _lead(session, prompt, tokenizer, learned) -> list[int]:
+def _lead(session, prompt, tokenizer, learned, bos) -> list[int]:
     """The ids to feed: what is pending, or at the start learned sink tokens and BOS; the prompt."""
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
     tokens = [int(i) for i in ids] if len(ids) else []
     if session.pending is not None:
         return [session.pending, *tokens]
     if session.position == 0:
-        lead = [*learned] if tokenizer is None else [*learned, tokenizer.bos_id]
+        first = [tokenizer.bos_id] if bos and tokenizer is not None else []
+        lead = [*learned, *first]
         if tokens[: len(lead)] != lead:
-            begins = tokenizer is not None and tokens[:1] == [tokenizer.bos_id]
+            begins = first != [] and tokens[:1] == first
             tokens = [*lead, *tokens[1:]] if begins else [*lead, *tokens]
     if not tokens:
         raise ValueError("prompt: expected at least one token (no tokenizer gives a BOS), got none")

@@ -8,9 +8,17 @@ from sinkjax.train.loop import fit as fit
 from sinkjax.train.config import DataConfig as DataConfig
 from sinkjax.train.config import MeshConfig as MeshConfig
 from sinkjax.train.config import OptimizerConfig as OptimizerConfig
+from sinkjax.train.config import PenaltyConfig as PenaltyConfig
 from sinkjax.train.config import RunConfig as RunConfig
 from sinkjax.strict_json import from_json as from_json
 from sinkjax.strict_json import to_json as to_json
+
+# Published settings
+from sinkjax.train.presets import GU_LEARNING_RATES as GU_LEARNING_RATES
+from sinkjax.train.presets import GU_WEIGHT_DECAYS as GU_WEIGHT_DECAYS
+from sinkjax.train.presets import PRESETS as PRESETS
+from sinkjax.train.presets import TrainPreset as TrainPreset
+from sinkjax.train.presets import train_preset as train_preset
 
 # Data
 from sinkjax.train.data import load_data as load_data
@@ -29,6 +37,7 @@ from sinkjax.train.backcopy import held_out_rows as held_out_rows
 from sinkjax.train.log import read_metrics as read_metrics
 from sinkjax.train.optim import make_optimizer as make_optimizer
 from sinkjax.train.optim import muon_parameters as muon_parameters
+from sinkjax.train.orthoadam import scale_by_orthoadam as scale_by_orthoadam
 from sinkjax.train.step import TrainState as TrainState
 from sinkjax.train.step import init_state as init_state
 from sinkjax.train.step import make_eval_step as make_eval_step

@@ -6,9 +6,16 @@ from typing import Any, Literal
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.presets import preset
 
-# Parameters that weight decay leaves alone: norm gains, sink logits and attention gates are few,
-# one-sided and not matrices that mix features. `mlp/gate` is an ordinary matrix and decays.
-NO_DECAY = (r"norm/scale$", r"/sinks$", r"attention/gate/")
+# Parameters that weight decay leaves alone: few, one-sided and not matrices that mix features. They
+# are everything of a norm but the matrices of a low-rank gate; biases; and of attention sink logits,
+# gates, forget gates, learned keys and values, constants of normalisers, distance biases and
+# differential mixing. `mlp/gate` is an ordinary matrix and decays.
+NO_DECAY = (
+    r"/[a-z_]*norm[a-z_]*/(?!(down|up)$)",
+    r"/bias$",
+    r"/sinks$",
+    r"attention/(gate|forget|token_sinks|kv_bias|normalizer|distance_bias|differential)(/|$)",
+)
 
 
 def _check(fine: bool, name: str, expected: str, got: Any) -> None:
@@ -45,6 +52,9 @@ class DataConfig:
       batch_size: rows of one optimiser step, over all devices and processes.
       validation_fraction: share of the files held out.
       seed: seed of the order of rows.
+      bos: what leads a text, after the learned sink tokens: "document" puts BOS before every piece of
+        every document; "none" nothing, so that its first token is a target only behind a learned
+        sink token. A model trained so has never seen BOS.
     """
 
     source: Literal["text", "backcopy"] = "text"
@@ -54,6 +64,7 @@ class DataConfig:
     batch_size: int = 16
     validation_fraction: float = 0.05
     seed: int = 0
+    bos: Literal["document", "none"] = "document"
 
     def __post_init__(self) -> None:
         choices = ("text", "backcopy")
@@ -71,6 +82,11 @@ class DataConfig:
             "a number between 0 and 1",
             self.validation_fraction,
         )
+        policies = ("document", "none")
+        _check(self.bos in policies, "data.bos", f"one of {policies}", self.bos)
+        # The heads of the toy task have BOS to rest on, or there is nothing to see.
+        fine = self.source == "text" or self.bos == "document"
+        _check(fine, "data.bos", "'document' with source='backcopy'", self.bos)
         # numpy's and grain's seeds have no sign; grain's has 32 bits.
         _check(0 <= self.seed < 2**32, "data.seed", "0 to 2**32 - 1", self.seed)
 
@@ -80,12 +96,15 @@ class OptimizerConfig:
     """How the parameters move.
 
     Args:
-      name: "adamw", or "muon" (matrices of the blocks by Muon, the rest by AdamW).
+      name: "adamw"; "muon" (matrices of the blocks and embedding projections by Muon, the rest by
+        AdamW); or "orthoadam" (AdamW in a random basis for every parameter).
       learning_rate: peak of the schedule.
       adam_learning_rate: peak for what Muon leaves to AdamW; None means `learning_rate`.
-      schedule: what follows the warm-up: down to `final_fraction` of the peak, or nothing.
+      schedule: what follows the warm-up: down to `final_fraction` of the peak, or nothing;
+        wsd goes down at the end only.
       warmup_steps: steps of linear warm-up from 0.
-      final_fraction: last learning rate over the peak (cosine and linear).
+      final_fraction: last learning rate over the peak (cosine, linear and wsd).
+      decay_fraction: share of all steps in which wsd goes down.
       beta1: decay of the first moment.
       beta2: decay of the second moment.
       epsilon: added to Adam's denominator.
@@ -99,14 +118,18 @@ class OptimizerConfig:
       muon_beta: decay of Muon's momentum.
       muon_consistent_rms: update RMS that Muon is scaled to, 0.2 being AdamW's (arXiv 2502.16982),
         so that one learning rate serves both; None scales by the shape instead.
+      muon_embeddings: Muon on the embedding table and the head too, instead of AdamW.
+      rotation_seed: of OrthoAdam's bases.
+      rotation_block_size: coordinates of one axis that OrthoAdam mixes; 1 is AdamW.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "orthoadam"] = "adamw"
     learning_rate: float = 3e-3
     adam_learning_rate: float | None = None
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     warmup_steps: int = 100
     final_fraction: float = 0.1
+    decay_fraction: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
@@ -117,9 +140,12 @@ class OptimizerConfig:
     z_loss: float = 0.0
     muon_beta: float = 0.95
     muon_consistent_rms: float | None = 0.2
+    muon_embeddings: bool = False
+    rotation_seed: int = 0
+    rotation_block_size: int = 256
 
     def __post_init__(self) -> None:
-        names, schedules = ("adamw", "muon"), ("constant", "cosine", "linear")
+        names, schedules = ("adamw", "muon", "orthoadam"), ("constant", "cosine", "linear", "wsd")
         _check(self.name in names, "optimizer.name", f"one of {names}", self.name)
         _check(
             self.schedule in schedules,
@@ -136,12 +162,41 @@ class OptimizerConfig:
         for field in ("beta1", "beta2", "muon_beta"):
             value = getattr(self, field)
             _check(0 <= value < 1, f"optimizer.{field}", "0 <= value < 1", value)
-        _check(
-            self.accumulation_steps >= 1,
-            "optimizer.accumulation_steps",
-            "at least 1",
-            self.accumulation_steps,
-        )
+        for field in ("accumulation_steps", "rotation_block_size"):
+            value = getattr(self, field)
+            _check(value >= 1, f"optimizer.{field}", "at least 1", value)
+        fraction = self.decay_fraction
+        _check(0 <= fraction <= 1, "optimizer.decay_fraction", "0 to 1", fraction)
+        _check(self.rotation_seed >= 0, "optimizer.rotation_seed", "at least 0", self.rotation_seed)
+        # A switch that does nothing would be believed.
+        fine = self.name == "muon" or not self.muon_embeddings
+        _check(fine, "optimizer.muon_embeddings", f"False with name={self.name!r}", True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PenaltyConfig:
+    """Weights of the auxiliary losses (`sinkjax.ops.penalties`); at 0 nothing is computed.
+
+    Args:
+      hidden_z_loss: of the squared log-sum-exp of the last layer's magnitudes; 1e-7 is published.
+      tweo: of the fourth power of all blocks' outputs over 3; 0.01 is published.
+      decorrelation: of the squared cosine with the first token of the text; 1e4 is published, for
+        fine-tuning.
+    """
+
+    hidden_z_loss: float = 0.0
+    tweo: float = 0.0
+    decorrelation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            _check(value >= 0, f"penalties.{field.name}", "at least 0", value)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights that are not 0, by name."""
+        return {name: weight for name, weight in dataclasses.asdict(self).items() if weight}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +207,7 @@ class RunConfig:
       model: shape of the decoder; rows of data are its `context_length` long.
       data: what it reads.
       optimizer: how it learns.
+      penalties: auxiliary losses that are added.
       mesh: on which devices.
       path: the run folder: `config.json`, `metrics.jsonl`, `checkpoints/<step>`.
       steps: optimiser steps.
@@ -167,6 +223,7 @@ class RunConfig:
     model: DecoderConfig = dataclasses.field(default_factory=lambda: preset("tiny"))
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    penalties: PenaltyConfig = PenaltyConfig()
     mesh: MeshConfig = MeshConfig()
     path: str = "runs/train"
     steps: int = 2000
@@ -187,6 +244,9 @@ class RunConfig:
         _check(self.path != "", "path", "a folder", self.path)
         rows, parts = self.data.batch_size, self.optimizer.accumulation_steps
         _check(rows % parts == 0, "data.batch_size", f"a multiple of {parts} microbatches", rows)
+        weight, layers = self.penalties.decorrelation, self.model.num_layers
+        fine = weight == 0 or layers >= 2
+        _check(fine, "penalties.decorrelation", f"0 with model.num_layers={layers}", weight)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

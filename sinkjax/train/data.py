@@ -2,9 +2,10 @@
 
 A batch is a dictionary of int32 arrays [B, T]: `tokens`; `targets`, the next token of the same
 segment; `positions`, from 0 in every segment; `segment_ids`, from 1, 0 being padding; `loss_mask`,
-1 where the target is text. A segment is the learned sink tokens, if any, then BOS, then a piece of
-one document. The last token of a piece is only a target, so every token of a document is a target
-exactly once.
+1 where the target is text. A segment is the learned sink tokens, if any, then BOS (`DataConfig.bos`),
+then a piece of one document. The last token of a piece is only a target, so every token of a document
+is a target exactly once. With neither sink tokens nor BOS a piece begins with the last token of the
+one before, and every token but the first of the document is a target exactly once.
 """
 
 from bisect import bisect_right
@@ -45,16 +46,23 @@ class PackedRows:
     Args:
       documents: token ids.
       length: T.
-      bos_id: id that leads every segment.
+      bos_id: id that leads every segment, after the sink tokens; None for none.
       sink_ids: learned sink tokens, before every BOS.
+
+    Raises:
+      ValueError: no room for text beside the sink tokens, or no text that has a target.
     """
 
     def __init__(
-        self, documents: Documents, length: int, bos_id: int, sink_ids: tuple[int, ...] = ()
+        self, documents: Documents, length: int, bos_id: int | None, sink_ids: tuple[int, ...] = ()
     ):
-        # The last token of a piece is a target only, so a piece of m tokens takes m slots with
-        # BOS, and the sink tokens on top.
-        room = length - len(sink_ids)
+        self.prefix = np.asarray((*sink_ids, *(() if bos_id is None else (bos_id,))), np.int32)
+        # Without a prefix the first token of a piece has nothing before it that could predict it.
+        self.context = int(len(self.prefix) == 0)
+        # The last token of a piece is a target only, so a piece with m targets takes m slots, and
+        # all of the prefix but one on top.
+        extra = len(self.prefix) - 1 + self.context
+        room = length - extra
         if room < 1:
             raise ValueError(
                 f"context_length: expected more than the {len(sink_ids)} learned sink tokens, "
@@ -62,16 +70,17 @@ class PackedRows:
             )
         self.documents = documents
         self.length = length
-        self.prefix = np.asarray((*sink_ids, bos_id), np.int32)
-        lengths = np.diff(documents.offsets)
+        lengths = np.maximum(np.diff(documents.offsets) - self.context, 0)
+        if not lengths.any():
+            raise ValueError("documents: expected some of 2 tokens or more without BOS, got none")
         full = lengths // room
         owner = np.repeat(np.arange(len(documents)), full)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(full) - full, full)
         starts = documents.offsets[owner] + within * room
         rest = np.flatnonzero(lengths % room)
         rest_starts = documents.offsets[rest] + full[rest] * room
-        shared = _pack(lengths[rest] % room, length, len(sink_ids))
-        # Segment table: where each piece starts and how long it is; row i has segments
+        shared = _pack(lengths[rest] % room, length, extra)
+        # Segment table: where each piece starts and how many targets it has; row i has segments
         # first[i]:first[i + 1].
         order = np.concatenate([np.zeros(0, np.int64), *shared]).astype(np.int64)
         self.start = np.concatenate([starts, rest_starts[order]])
@@ -86,11 +95,12 @@ class PackedRows:
         """Batch of the rows `indices` [B], see the module's docstring."""
         names = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
         batch = {name: np.zeros((len(indices), self.length), np.int32) for name in names}
-        P = len(self.prefix) - 1
+        P = max(len(self.prefix) - 1, 0)
         for b, row in enumerate(indices):
             begin = 0
             for number, s in enumerate(range(self.first[row], self.first[row + 1]), start=1):
-                piece = self.documents.tokens[self.start[s] : self.start[s] + self.size[s]]
+                last = self.start[s] + self.context + self.size[s]
+                piece = self.documents.tokens[self.start[s] : last]
                 segment = np.concatenate([self.prefix, piece])
                 end = begin + len(segment) - 1
                 batch["tokens"][b, begin:end] = segment[:-1]
@@ -217,6 +227,11 @@ def load_data(
       ValueError: the vocabulary is too small, or the data cannot be read.
     """
     if config.source == "backcopy":
+        if num_learned_sink_tokens:
+            raise ValueError(
+                "model.num_learned_sink_tokens: expected 0 with data.source='backcopy', whose rows "
+                f"hold none, got {num_learned_sink_tokens}"
+            )
         _check_vocabulary(vocab_size, VOCAB_SIZE, 0)
         # Another seed is another stream of rows, so nothing need be held out by index.
         seeds = config.seed, config.seed + 2**32
@@ -225,8 +240,9 @@ def load_data(
         tokenizer = load_tokenizer(config.tokenizer)
         _check_vocabulary(vocab_size, tokenizer.vocab_size, num_learned_sink_tokens)
         sink_ids = tuple(range(vocab_size - num_learned_sink_tokens, vocab_size))
+        bos_id = tokenizer.bos_id if config.bos == "document" else None
         train, validation = (
-            PackedRows(documents, context_length, tokenizer.bos_id, sink_ids)
+            PackedRows(documents, context_length, bos_id, sink_ids)
             for documents in read_documents(
                 config.files,
                 tokenizer,

@@ -17,6 +17,7 @@ from sinkjax.models.parameters import from_parameters, parameters
 from sinkjax.ops import statistics as formulas
 from sinkjax.ops.losses import cross_entropy
 from sinkjax.ops.outliers import psi
+from sinkjax.ops.penalties import counted, segments
 from sinkjax.sharding import DECODER_RULES, batch_sharding, shardings
 from sinkjax.train.config import RunConfig
 from sinkjax.train.optim import make_optimizer, schedule
@@ -71,7 +72,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
     r"""Jitted `step(state, batch) -> (state, metrics)`; the state it is given is donated.
 
     $$ \ell = \frac{1}{\sum_t m_t} \sum_t m_t (\mathrm{nll}_t + z \cdot \mathrm{lse}_t^2)
-       + \text{aux} $$
+       + \sum_i w_i \, \text{penalty}_i + \text{aux} $$
 
     With `accumulation_steps` A the batch is cut into A microbatches whose gradients are added one
     at a time; the sum is over the tokens of the whole batch, so A changes memory, not the loss.
@@ -82,45 +83,56 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
 
     Returns:
       A function of a state and a batch (`sinkjax.train.data`). Metrics are scalars: `loss` (what
-      is minimised), `nll` in nats per token, `gradient_norm` before clipping, `learning_rate`.
+      is minimised), `nll` in nats per token, each penalty that has a weight (without it),
+      `gradient_norm` before clipping, `learning_rate`.
     """
+    weights = config.penalties.weights
     parts = config.optimizer.accumulation_steps
     optimizer = make_optimizer(config.optimizer, config.steps)
     rate = schedule(config.optimizer, config.steps)
 
-    def loss(params: Any, batch: Any, tokens: Array) -> tuple[Array, Array]:
-        output = _apply(config.model, params, batch)
+    def loss(params: Any, batch: Any, totals: Any) -> tuple[Array, dict[str, Array]]:
+        output = _apply(config.model, params, batch, penalties=tuple(weights))
         mean, parts_of_loss = cross_entropy(
             output.logits, batch["targets"], batch["loss_mask"], config.optimizer.z_loss
         )
-        share = parts_of_loss["tokens"] / tokens
-        extra = sum(output.aux.values(), jnp.zeros(())) / parts
-        return mean * share + extra, parts_of_loss["nll"] * share
+        share = parts_of_loss["tokens"] / totals["loss_mask"]
+        found = {"nll": parts_of_loss["nll"] * share}
+        value = mean * share
+        for name, extra in output.aux.items():
+            if name in weights:  # a mean over tokens of its own
+                found[name] = extra * _tokens(name, batch) / totals[name]
+                value += weights[name] * found[name]
+            else:
+                value += extra / parts
+        return value, found
 
-    def gradients(params: Any, batch: Any) -> tuple[tuple[Array, Array], Any]:
-        tokens = jnp.maximum(batch["loss_mask"].sum(), 1).astype(jnp.float32)
+    def gradients(params: Any, batch: Any) -> tuple[tuple[Array, Any], Any]:
+        counts = {name: _tokens(name, batch) for name in ("loss_mask", *weights)}
+        totals = {name: jnp.maximum(count, 1) for name, count in counts.items()}
         value_and_grad = jax.value_and_grad(loss, has_aux=True)
         if parts == 1:
-            return value_and_grad(params, batch, tokens)
+            return value_and_grad(params, batch, totals)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, tokens)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(params, part, totals)), None
 
         # Every device keeps its own rows: microbatch a takes rows a, a + A, a + 2A, ...
         split = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
         zero = jnp.zeros(())
-        start = (zero, zero), jax.tree.map(jnp.zeros_like, params)
+        found = {name: zero for name in ("nll", *weights)}
+        start = (zero, found), jax.tree.map(jnp.zeros_like, params)
         return jax.lax.scan(add, start, split)[0]
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        (value, nll), grads = gradients(state.params, batch)
+        (value, found), grads = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": value,
-            "nll": nll,
+            **found,
             "gradient_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
         }
@@ -169,12 +181,27 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[Any, Any], dict[s
     )
 
 
-def _apply(config: DecoderConfig, params: Any, batch: Any, statistics: bool = False) -> Any:
+def _tokens(name: str, batch: Any) -> Array:
+    """How many tokens of a batch a mean is over: that of the loss, or of a penalty."""
+    if name == "loss_mask":
+        return batch["loss_mask"].sum().astype(jnp.float32)
+    found = segments(batch["tokens"].shape, batch["positions"], batch["segment_ids"])
+    return counted(name, found).sum().astype(jnp.float32)
+
+
+def _apply(
+    config: DecoderConfig,
+    params: Any,
+    batch: Any,
+    statistics: bool = False,
+    penalties: tuple[str, ...] = (),
+) -> Any:
     return from_parameters(config, params)(
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         statistics=statistics,
+        penalties=penalties,
     )
 
 

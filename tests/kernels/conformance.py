@@ -1,7 +1,7 @@
 """One suite for every implementation of attention: forward, gradients, edge cases.
 
 An implementation is a function with the signature of `flash.reference.attention`. Its result and its
-gradients by query, key, value, bias and sinks are compared with the float64 derivative of the
+gradients by query, key, value, bias, sinks and learned leaves are compared with the float64 derivative of the
 specification; the specification itself is compared with a NumPy one (`numpy_attention`) in
 `test_reference.py`. Cases are a pairwise covering set of the options: each pair of values of two
 options occurs in some case. Sizes are pairwise distinct, so that no two axes can be swapped unseen.
@@ -24,10 +24,11 @@ from sinkjax_kernels.flash import reference
 B, T, S, H, HV = 2, 13, 17, 5, 3
 
 TOLERANCES = {  # relative root-mean-square error, largest error over the largest magnitude
-    "float32": {"out": (2e-6, 6e-6), "grad": (6e-6, 3e-5)},
-    "bfloat16": {"out": (4e-3, 2e-2), "grad": (8e-3, 4e-2)},
+    "float32": {"out": (2e-6, 6e-6), "grad": (6e-6, 3e-5), "leaf": (3e-5, 9e-5)},
+    "bfloat16": {"out": (4e-3, 2e-2), "grad": (8e-3, 4e-2), "leaf": (8e-3, 4e-2)},
 }
-"""float32 against float64; bfloat16 against float64 on the rounded inputs."""
+"""float32 against float64; bfloat16 against float64 on the rounded inputs. A learned leaf is one
+number per head: all that the queries add to its gradient may cancel."""
 
 SINK_LOGITS = (-1e4, -20.0, 0.0, 5.0, 60.0, 1e4)
 
@@ -46,6 +47,28 @@ OPTIONS: dict[str, tuple] = {
     "mask_array": (None, "full", "column"),
     "dtype": ("float32", "float32", "bfloat16"),
 }  # fmt: skip
+
+NORMALIZERS = (
+    "sigsoftmax", "cog", ("sigmoid(bias=-1.0)", "learned"), "sigmoid(normalized=True)",
+    "relu(divisor=3.0)", "relu(by_length=True)", "identity", ("consmax(divisor=4.0)", "learned"),
+    "rectified_only", "relu_softmax", ("scaled_softpick", "learned"), ("ssmax", "learned"),
+    "clipped_softmax(alpha=0.5)", "normalized_clipped_softmax",
+    ("elastic_softmax(offset=-0.6)", "learned"), "entmax15", "stick_breaking",
+)  # fmt: skip
+"""What is not in `OPTIONS`, one of each kind; all of them together have the pairwise covering set of
+the other options once. `elu` is `identity` once queries and keys are mapped."""
+
+OTHERS: dict[str, tuple] = {
+    "heads": ((6, 2), (8, 1)),
+    "mask": ("causal", "full", "window 4", "two-sided"),
+    "sink_tokens": (0, 2, "key_is_sink"),
+    "places": ("index", "shuffled with empty slots", "per head", "segments"),
+    "lengths": (False, True),
+    "soft_cap": (None, 1.5),
+    "bias": (None, "full", "row"),
+    "mask_array": (None, "full", "column"),
+    "dtype": ("float32", "bfloat16"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +111,24 @@ class Case:
             mask[..., 3, :] = False  # a row that sees nothing
             mask = jnp.asarray(mask)
         sinks = None
-        if isinstance(self.normalizer, tuple):
+        if isinstance(self.normalizer, tuple) and self.normalizer[1] != "learned":
             level = self.normalizer[1]
             if level == "per token":
                 sinks = jnp.asarray(rng.normal(size=(B, T, N)), jnp.float32)
             else:
                 sinks = jnp.asarray(level + rng.normal(size=N) * (abs(level) < 100), jnp.float32)
         return query, key, value, bias, mask, self._visibility(rng, K), sinks
+
+    @property
+    def params(self) -> dict[str, jax.Array]:
+        """Learned leaves of the normaliser, where the case has some."""
+        if not isinstance(self.normalizer, tuple) or self.normalizer[1] != "learned":
+            return {}
+        rng = np.random.default_rng(self.seed + 2)
+        return {
+            name: jnp.asarray(rng.uniform(-0.3, 0.3, size=self.heads[0]), jnp.float32)
+            for name in self.static["normalizer"].parameters
+        }
 
     def _visibility(self, rng, K) -> masks.Visibility:
         window = {
@@ -172,6 +206,12 @@ def pairwise(options: dict[str, tuple], **fixed) -> Iterator[dict[str, Any]]:
 
 CASES = [Case(**choice, seed=n) for n, choice in enumerate(pairwise(OPTIONS))]
 
+_ROWS = list(pairwise(OTHERS))
+MORE_CASES = [
+    Case(normalizer=NORMALIZERS[n % len(NORMALIZERS)], **_ROWS[n % len(_ROWS)], seed=100 + n)
+    for n in range(max(len(NORMALIZERS), len(_ROWS)))
+]
+
 
 def value_and_grads(attention: Callable, case: Case, operands: tuple) -> dict[str, jax.Array]:
     """out, lse and the gradient by every differentiable operand, in one compiled program."""
@@ -184,7 +224,9 @@ def value_and_grads(attention: Callable, case: Case, operands: tuple) -> dict[st
     def loss(leaves, mask, visibility):
         out, lse = attention(
             leaves["query"], leaves["key"], leaves["value"], leaves.get("bias"), mask, visibility,
-            leaves.get("sinks"), **case.static,
+            leaves.get("sinks"), **case.static, **(
+                {"normalizer_params": leaves["params"]} if "params" in leaves else {}
+            ),
         )  # fmt: skip
         total = (out.astype(dtype) * d_out).sum()
         if lse is not None:  # −inf where a row sees nothing: keep it out of the sum
@@ -193,7 +235,10 @@ def value_and_grads(attention: Callable, case: Case, operands: tuple) -> dict[st
 
     leaves = {"query": query, "key": key, "value": value, "bias": bias, "sinks": sinks}
     leaves = {name: x for name, x in leaves.items() if x is not None}
+    if case.params:
+        leaves["params"] = {name: x.astype(dtype) for name, x in case.params.items()}
     grads, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(leaves, mask, visibility)
+    grads |= {f"leaf_{name}": g for name, g in grads.pop("params", {}).items()}
     result = {"out": out, **{f"d_{name}": g for name, g in grads.items()}}
     return result if lse is None else result | {"lse": lse}
 
@@ -218,7 +263,8 @@ def assert_close(name: str, got, want, dtype: str) -> None:
     np.testing.assert_array_equal(got[infinite], want[infinite], err_msg=name)
     got, want = got[~infinite], want[~infinite]
     error = got - want
-    rms, largest = TOLERANCES[dtype]["grad" if name.startswith("d_") else "out"]
+    kind = "leaf" if name.startswith("d_leaf") else "grad" if name.startswith("d_") else "out"
+    rms, largest = TOLERANCES[dtype][kind]
     # A gradient can vanish altogether (a sink at −1e4): then it is compared with 1e-3.
     scale = max(np.sqrt(np.mean(want**2)), 1e-3)
     assert np.sqrt(np.mean(error**2)) <= rms * scale, (name, np.sqrt(np.mean(error**2)) / scale)

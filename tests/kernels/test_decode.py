@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sinkjax_kernels import decode, normalizers
+from sinkjax_kernels import decode, masks, normalizers
+from sinkjax_kernels.flash import reference as flash
 
 attend: Any = decode.decode_attention
 B, T, S, N, K, H, V = 2, 3, 11, 6, 2, 8, 5
@@ -109,6 +110,79 @@ def test_weights_are_the_specification(name):
     assert (lse is None) == (want_lse is None)
     if want_lse is not None:
         np.testing.assert_allclose(lse, want_lse.swapaxes(1, 2), rtol=0, atol=3e-6)
+
+
+EVERY = [
+    "softmax", "softmax1", "softmax_n(n=2.0)", "sigsoftmax", "cog", "sigmoid(bias=-1.0)",
+    "sigmoid(normalized=True)", "relu(divisor=2.0)", "relu(by_length=True)", "relu(normalized=True)",
+    "elu", "elu(normalized=True)", "identity", "identity(normalized=True)", "consmax", "softpick",
+    "rectified_only", "relu_softmax", "scaled_softpick", "ssmax", "clipped_softmax(alpha=0.5)",
+    "normalized_clipped_softmax", "elastic_softmax(offset=-0.5)", "sparsemax", "entmax15",
+    "entmax(alpha=1.25)", "stick_breaking",
+]  # fmt: skip
+
+
+def test_every_normalizer_decodes_as_it_trains():
+    """Decode equals `flash.reference` on the same keys: order, learned leaves, bias, own position."""
+    described = {name: normalizers.resolve(name) for name in EVERY}
+    assert {type(n) for n in described.values()} == set(normalizers.NAMES)
+    x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
+    keys = np.broadcast_to(POSITIONS[:, None], (B, K, S)).copy()
+    keys[:, 1] = np.roll(keys[:, 1], 3, axis=-1)
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=(B, N, T, S)), jnp.float32)
+    visibility = masks.build(
+        (B, T, S, K), is_causal=True, local_window_size=(6, 0), num_sink_tokens=2,
+        query_positions=jnp.asarray(QUERIES), key_positions=jnp.asarray(keys),
+    )  # fmt: skip
+
+    @jax.jit
+    def run(x, bias):
+        results = {}
+        for name, description in described.items():
+            params = {n: jnp.linspace(-0.2, 0.3, N) for n in description.parameters}
+            static: dict[str, Any] = {
+                "normalizer": description,
+                "normalizer_params": params,
+                "scale": 0.4,
+                "logits_soft_cap": 2.0,
+            }
+            got = attend(
+                **x, query_positions=jnp.asarray(QUERIES), key_positions=jnp.asarray(keys),
+                window=7, num_sink_tokens=2, bias=bias, **static,
+            )  # fmt: skip
+            key, value = (x[name].swapaxes(1, 2) for name in ("key", "value"))
+            want = flash.attention(x["query"], key, value, bias, None, visibility, None, **static)
+            results[name] = got, want
+        return results
+
+    for name, ((out, lse), (want, want_lse)) in run(x, bias).items():
+        assert np.abs(want).max() > 0.01, name
+        np.testing.assert_allclose(
+            out, want, rtol=0, atol=1e-5 * (1 + np.abs(want).max()), err_msg=name
+        )
+        assert (np.asarray(out)[1, 1] == 0).all(), name  # padding
+        assert (lse is None) == (want_lse is None) != described[name].has_log_sum_exp
+        if lse is not None:
+            np.testing.assert_allclose(lse, want_lse, rtol=0, atol=3e-6)
+
+
+def test_bias_is_added_after_the_cap():
+    """A bias of −∞ hides a slot; one per head, or for all heads, is broadcast."""
+    x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
+    options: dict[str, Any] = {
+        "query_positions": jnp.asarray(QUERIES),
+        "normalizer": normalizers.Softmax(),
+        "scale": 0.4,
+        "logits_soft_cap": 1.5,
+    }
+    hidden = POSITIONS.copy()
+    hidden[:, 4:] = -1
+    want, _ = attend(**x, key_positions=jnp.asarray(hidden[:, None]), **options)
+    low = jnp.where(jnp.arange(S) < 4, 0.0, -1e9)
+    for shape in [(1, 1, 1, S), (1, N, 1, S), (B, N, T, S)]:
+        keys = jnp.asarray(POSITIONS[:, None])
+        got, _ = attend(**x, key_positions=keys, bias=jnp.broadcast_to(low, shape), **options)
+        np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-6)
 
 
 def test_learned_bias_per_head():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sinkjax_kernels import masks, normalizers
-from sinkjax_kernels.flash import reference, xla
+from sinkjax_kernels.flash import reference, rows, xla
+from sinkjax_kernels.flash.families import family_of
 
 # Tests are no package: the suite is loaded from beside this file, once.
 _SPEC = importlib.util.spec_from_file_location(
@@ -26,6 +27,7 @@ IMPLEMENTATIONS = {
     "xla": xla.attention,
     "xla in small blocks": functools.partial(xla.attention, block_q=5, block_k=7),
 }
+ROWS = functools.partial(rows.attention, block_q=5)
 
 
 def test_cases_cover_every_pair_and_stay_few():
@@ -67,6 +69,31 @@ def test_conformance(name, case):
     conformance.check(IMPLEMENTATIONS[name], case)
 
 
+def has_blocks(case) -> bool:
+    try:
+        family_of(case.static["normalizer"])
+    except NotImplementedError:
+        return False
+    return True
+
+
+MORE_RUNS = [
+    ("xla in small blocks" if has_blocks(case) else "rows in small blocks", case)
+    for case in conformance.MORE_CASES
+]
+
+
+@pytest.mark.parametrize(("name", "case"), MORE_RUNS, ids=str)
+def test_conformance_of_the_other_normalizers(name, case):
+    """Tiles for those with an online algorithm, rows for the others; learned leaves included."""
+    conformance.check(ROWS if name.startswith("rows") else IMPLEMENTATIONS[name], case)
+
+
+@pytest.mark.parametrize("case", conformance.CASES[::27], ids=str)
+def test_rows_serve_the_first_normalizers_too(case):
+    conformance.check(ROWS, case)
+
+
 def operands(T, S, N=4, K=2, H=5, seed=0, **mask):
     rng = np.random.default_rng(seed)
     query, key, value = (
@@ -94,7 +121,10 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
     return found
 
 
-@pytest.mark.parametrize("normalizer", ["softmax1", "sigmoid", "softpick"])
+@pytest.mark.parametrize(
+    "normalizer",
+    ["softmax1", "sigmoid", "softpick", "sigsoftmax", "cog", "relu", "consmax", "rectified_only"],
+)
 def test_xla_holds_no_square(normalizer):
     T, S = 1030, 2060  # several default blocks in both directions
 
@@ -109,6 +139,24 @@ def test_xla_holds_no_square(normalizer):
     shapes = shapes_in(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*operands(T, S)[:3]).jaxpr)
     assert (1, 2, 2, 256, 512) in shapes  # the tile of logits: the walk does see the loops
     assert max(int(np.prod(s)) for s in shapes) < T * S / 4
+
+
+@pytest.mark.parametrize("normalizer", ["entmax15", "elastic_softmax", "stick_breaking"])
+def test_rows_hold_no_square(normalizer):
+    """Neither forward nor as residuals of the backward pass: a block of rows at a time."""
+    T, S, N = 1030, 2060, 4
+
+    def loss(query, key, value, bias):
+        mask = masks.build((1, T, S, 2), is_causal=True, num_sink_tokens=3)
+        static = STATIC | {"normalizer": normalizers.resolve(normalizer)}
+        return rows.attention(query, key, value, bias, None, mask, None, **static)[0].sum()
+
+    query, key, value = operands(T, S)[:3]
+    bias = jnp.zeros((1, N, 1, S))
+    grad = jax.grad(loss, argnums=(0, 1, 2, 3))
+    shapes = shapes_in(jax.make_jaxpr(grad)(query, key, value, bias).jaxpr)
+    assert (1, N, 128, S) in shapes  # a block of logits: the walk does see the loops
+    assert max(int(np.prod(s)) for s in shapes) <= N * 128 * S
 
 
 def test_shape_walk_sees_a_square():

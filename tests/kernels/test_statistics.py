@@ -33,7 +33,8 @@ def operands():
 
 CHOICES = [
     ("softmax", None), ("softmax", (N,)), ("softmax", (B, T, N)), ("softmax1", None),
-    ("sigmoid(bias=-1.0)", None), ("softpick", None),
+    ("sigmoid(bias=-1.0)", None), ("softpick", None), ("sigsoftmax", None), ("cog", None),
+    ("elastic_softmax(offset=-0.5)", "learned"), ("stick_breaking", None), ("entmax15", None),
 ]  # fmt: skip
 
 
@@ -41,16 +42,24 @@ CHOICES = [
 def test_statistics(operands, name, sinks_shape):
     query, key, bias, mask, visibility = operands
     sinks = None
-    if sinks_shape is not None:
-        sinks = jnp.asarray(np.random.default_rng(1).normal(size=sinks_shape), jnp.float32)
     static = {"normalizer": normalizers.resolve(name), "scale": 0.6, "logits_soft_cap": 2.0}
+    if sinks_shape == "learned":
+        static["normalizer_params"] = {"offset": jnp.linspace(-0.3, 0.4, N)}
+    elif sinks_shape is not None:
+        sinks = jnp.asarray(np.random.default_rng(1).normal(size=sinks_shape), jnp.float32)
     weights, lse = flash.attention_weights(query, key, bias, mask, visibility, sinks, **static)
     logits, where = flash.logits_and_mask(
         query, key, bias, mask, visibility, scale=0.6, logits_soft_cap=2.0
     )
+    if name == "stick_breaking":  # blind to the query's own position
+        own = (
+            visibility.query_positions[:, None, :, None]
+            == jnp.repeat(visibility.key_positions, N // K, axis=1)[:, :, None]
+        )
+        where = where & ~own
     w, x, m = (np.asarray(a, np.float64) for a in (weights, logits, where))
-    row = w.sum(-1)
-    share = w / np.where(row > 0, row, 1)[..., None]
+    row, size = w.sum(-1), np.abs(w).sum(-1)
+    share = np.abs(w) / np.where(size > 0, size, 1)[..., None]
     want = {
         "key_mass": w.sum(-2),
         "key_mass_normalized": share.sum(-2),
@@ -60,7 +69,7 @@ def test_statistics(operands, name, sinks_shape):
         "entropy": -(share * np.log(np.where(share > 0, share, 1))).sum(-1),
         "max_logit": np.where(m.any(-1), np.where(m > 0, x, -np.inf).max(-1), -np.inf),
     }
-    if name.startswith(("sigmoid", "softpick")) or (name == "softmax" and sinks is None):
+    if name != "softmax1" and sinks is None:
         want["sink_mass"] = np.zeros_like(row)  # no sink term, so no mass on it
     args = (query, key, bias, mask, visibility, sinks)
     blockwise = functools.partial(xla.attention_statistics, block_q=4)

@@ -17,10 +17,11 @@ def visible(
     *,
     num_sink_tokens: int,
     window: int | None,
+    excludes_self: bool = False,
 ) -> Bool[Array, "B #K T S"]:
     """Who sees whom: 0 ≤ key ≤ query, and the key is a sink token or less than a window back."""
     query, key = query_positions[:, None, :, None], key_positions[:, :, None, :]
-    seen = (0 <= key) & (key <= query)
+    seen = (0 <= key) & ((key < query) if excludes_self else (key <= query))
     if window is not None:
         seen &= (key < num_sink_tokens) | (query - key < window)
     return seen
@@ -37,6 +38,7 @@ def decode_attention(
     num_sink_slots: int = 0,
     num_sink_tokens: int = 0,
     window: int | None = None,
+    bias: Float[Array, "#B #N #T #S"] | None = None,
     sinks: Float[Array, " N"] | Float[Array, "B T N"] | None = None,
     normalizer: normalizers.Normalizer,
     normalizer_params: Mapping[str, Array] | None = None,
@@ -45,7 +47,7 @@ def decode_attention(
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
     r"""$o_t = \sum_j w_{tj} v_j$, $x_{tj} = \langle q^{sink}_t, k_j \rangle$ for the first slots.
 
-    $x_{tj} = \langle q_t, k_j \rangle$ for the others; then scale → soft cap → mask → normaliser.
+    $x_{tj} = \langle q_t, k_j \rangle$ for the others; then scale → soft cap → bias → mask → normaliser.
     One buffer with two queries is what lets a ring cache keep every key as it was written while
     the sink tokens stay at a bounded distance.
 
@@ -57,8 +59,9 @@ def decode_attention(
         sink_query: the query for slots below `num_sink_slots`; None is `query`.
         num_sink_tokens: keys at positions below are exempt from the window.
         window: number of keys seen back, the query's own included; None is unbounded.
+        bias: added to the logits after scale and soft cap; S counts slots, as they lie.
         sinks: sink logits per query head, or per token and head; neither scaled nor capped.
-        normalizer_params: learned leaves of the normaliser, one number per query head.
+        normalizer_params: learned leaves, added to the constants of the normaliser; [N] each.
 
     Returns:
         the output in the query's dtype, exactly 0 where nothing is visible, and the log-sum-exp
@@ -84,13 +87,27 @@ def decode_attention(
     logits = logits * jnp.asarray(scale, dtype)
     if logits_soft_cap is not None:
         logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
-    seen = visible(query_positions, key_positions, num_sink_tokens=num_sink_tokens, window=window)
+    if bias is not None:
+        heads = (1, 1) if bias.shape[1] == 1 else (K, G)
+        logits = logits + bias.reshape(bias.shape[0], *heads, *bias.shape[2:]).astype(dtype)
+    seen = visible(
+        query_positions,
+        key_positions,
+        num_sink_tokens=num_sink_tokens,
+        window=window,
+        excludes_self=normalizer.excludes_self,
+    )
     if sinks is not None:
         per_token = jnp.broadcast_to(sinks, (B, T, N)).reshape(B, T, K, G)
         sinks = per_token.transpose(0, 2, 3, 1)
     params = {name: leaf.reshape(K, G, 1, 1) for name, leaf in (normalizer_params or {}).items()}
     weights, lse = normalizers.weights(
-        normalizer, logits, seen[:, :, None], sinks=sinks, params=params
+        normalizer,
+        logits,
+        seen[:, :, None],
+        sinks=sinks,
+        params=params,
+        key_order=key_positions[:, :, None, None],
     )
     out = jnp.einsum(
         "BKGTS,BKSh->BTKGh",

@@ -1,5 +1,9 @@
 """The specification of attention: dense, float32 at least, and short enough to be read as a formula."""
 
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -44,15 +48,47 @@ def sinks_by_row(
     return jnp.broadcast_to(sinks, logits.shape[:-1])
 
 
+def rows_for(
+    normalizer: normalizers.Normalizer,
+    visibility: Visibility,
+    params: Mapping[str, Float[Array, " N"]] | None,
+    group: int,
+) -> tuple[Visibility, dict[str, Any]]:
+    """The mask of a normaliser, and what `normalizers.weights` wants of it besides logits [B, N, T, S]."""
+    if normalizer.excludes_self:
+        visibility = dataclasses.replace(visibility, excludes_self=True)
+    options: dict[str, Any] = {}
+    if params:
+        options["params"] = {name: leaf[:, None, None] for name, leaf in params.items()}
+    if normalizer.family == "ordered" and not visibility.in_order:
+        order = visibility.key_positions
+        order = jnp.repeat(order, group, axis=1) if order.shape[1] > 1 else order
+        options["key_order"] = order[:, :, None]
+    return visibility, options
+
+
 def attention_weights(
-    query, key, bias, mask, visibility: Visibility, sinks, *, normalizer, scale, logits_soft_cap
+    query,
+    key,
+    bias,
+    mask,
+    visibility: Visibility,
+    sinks,
+    *,
+    normalizer,
+    scale,
+    logits_soft_cap,
+    normalizer_params=None,
 ) -> tuple[Float[Array, "B N T S"], Float[Array, "B T N"] | None]:
     """Dense weights and the log-sum-exp; arguments as in `attention`."""
+    visibility, options = rows_for(
+        normalizer, visibility, normalizer_params, query.shape[2] // key.shape[2]
+    )
     logits, visible = logits_and_mask(
         query, key, bias, mask, visibility, scale=scale, logits_soft_cap=logits_soft_cap
     )
     sinks = sinks_by_row(sinks, logits)
-    weights, lse = normalizers.weights(normalizer, logits, visible, sinks=sinks)
+    weights, lse = normalizers.weights(normalizer, logits, visible, sinks=sinks, **options)
     return weights, None if lse is None else lse.swapaxes(1, 2)
 
 
@@ -68,6 +104,7 @@ def attention(
     normalizer: normalizers.Normalizer,
     scale: float,
     logits_soft_cap: float | None,
+    normalizer_params: Mapping[str, Float[Array, " N"]] | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
     r"""$o_t = \sum_j w_{tj} v_j$ with $w_t$ = normaliser(cap(scale · $q_t k$) + bias) over visible keys.
 
@@ -79,6 +116,7 @@ def attention(
         mask: True where visible, together with `visibility`.
         visibility: causality, window, sink tokens, segments, lengths.
         sinks: sink logits per query head, or per token and head; neither scaled nor capped.
+        normalizer_params: learned leaves, added to the constants of the normaliser.
 
     Returns:
         the output in the query's dtype and the log-sum-exp (float32 at least, sink included), None
@@ -94,6 +132,7 @@ def attention(
         normalizer=normalizer,
         scale=scale,
         logits_soft_cap=logits_soft_cap,
+        normalizer_params=normalizer_params,
     )
     value = jnp.repeat(value.astype(weights.dtype), query.shape[2] // key.shape[2], axis=2)
     out = jnp.einsum("BNTS,BSNh->BTNh", weights, value, precision=jax.lax.Precision.HIGHEST)

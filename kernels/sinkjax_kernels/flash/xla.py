@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sinkjax_kernels import normalizers
-from sinkjax_kernels.flash.families import Family, family_of
+from sinkjax_kernels.flash.families import Family, family_of, fold_params
 from sinkjax_kernels.masks import Visibility
 
 
@@ -42,6 +42,7 @@ def attention(
     normalizer: normalizers.Normalizer,
     scale: float,
     logits_soft_cap: float | None,
+    normalizer_params=None,
     block_q: int = 256,
     block_k: int = 512,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
@@ -52,12 +53,13 @@ def attention(
     B, T, N, _ = query.shape
     S, K = key.shape[1], key.shape[2]
     accumulate = jnp.promote_types(query.dtype, jnp.float32)
+    family, factor = family_of(normalizer), None
+    if normalizer_params:
+        bias, factor = fold_params(normalizer, normalizer_params, bias)
     constant = normalizers.constant_sink(normalizer)
     if constant is not None:
         sinks = jnp.full((N,), constant, accumulate)
-    static = _Static(
-        family_of(normalizer), scale, logits_soft_cap, min(block_q, T), min(block_k, S)
-    )
+    static = _Static(family, scale, logits_soft_cap, min(block_q, T), min(block_k, S))
     more_q, more_k = -T % static.block_q, -S % static.block_k
     group = (K, N // K)
 
@@ -88,6 +90,8 @@ def attention(
     )  # fmt: skip
     out, lse = results
     out = jnp.moveaxis(out[:, :, :, :T], 3, 1).reshape(B, T, N, value.shape[-1])
+    if factor is not None:
+        out = (out * factor).astype(query.dtype)
     if not normalizer.has_log_sum_exp:
         return out, None
     return out, jnp.moveaxis(lse[:, :, :, :T], 3, 1).reshape(B, T, N)

@@ -17,13 +17,13 @@ class AttentionStatistics(NamedTuple):
     """Reductions of the attention weights w; float32 at least, O(T + S) per head.
 
     Attributes:
-        key_mass: sum over queries of w on each key.
+        key_mass: sum over queries of w on each key; of a signed normaliser with its sign.
         key_mass_normalized: the same after dividing each row by its sum of |w|: the proxy score of
             Gu et al. 2024 for normalisers whose rows do not sum to one.
         key_count: number of queries that see the key; key_mass / key_count is the importance α.
         row_mass: sum of w over the keys of a row.
         sink_mass: weight on the sink logit (or on the constant of softmax1 and softmax_n); else 0.
-        entropy: −Σ p ln p in nats, p the row-normalised weights; 0 for a row without weight.
+        entropy: −Σ p ln p in nats, p the row-normalised |w|; 0 for a row without weight.
         max_logit: largest visible logit; −inf for a row that sees nothing.
     """
 
@@ -80,11 +80,15 @@ def attention_statistics(
     normalizer: normalizers.Normalizer,
     scale: float,
     logits_soft_cap: float | None,
+    normalizer_params=None,
 ) -> AttentionStatistics:
     """The statistics of `flash.reference.attention` with the same arguments; dense.
 
     `lse`, when the caller has it from the forward pass, is used instead of computing it anew.
     """
+    visibility, options = flash.rows_for(
+        normalizer, visibility, normalizer_params, query.shape[2] // key.shape[2]
+    )
     logits, where = flash.logits_and_mask(
         query, key, bias, mask, visibility, scale=scale, logits_soft_cap=logits_soft_cap
     )
@@ -92,8 +96,9 @@ def attention_statistics(
     if lse is not None and normalizer.has_log_sum_exp:
         lse = lse.swapaxes(1, 2)
         safe = jnp.where(lse == -jnp.inf, 0, lse)
-        weights = jnp.where(where, jnp.exp(logits - safe[..., None]), 0)
+        exponents = normalizers.exponent(normalizer, logits)
+        weights = jnp.where(where, jnp.exp(exponents - safe[..., None]), 0)
     else:
-        weights, lse = normalizers.weights(normalizer, logits, where, sinks=sinks)
+        weights, lse = normalizers.weights(normalizer, logits, where, sinks=sinks, **options)
     share = sink_share(normalizer, lse, sinks, weights[..., 0])
     return reduce_weights(weights, where, logits, share)

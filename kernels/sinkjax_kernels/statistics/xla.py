@@ -1,5 +1,6 @@
 """Attention statistics in plain XLA, in memory linear in S: one block of query rows at a time."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,14 +23,19 @@ def attention_statistics(
     normalizer,
     scale,
     logits_soft_cap,
+    normalizer_params=None,
     block_q: int = 128,
 ) -> AttentionStatistics:
     """`statistics.reference.attention_statistics`, holding `[B, N, block_q, S]` at a time."""
     B, T, N, _ = query.shape
     S, block = key.shape[1], min(block_q, T)
     blocks, more = -(-T // block), -T % block
-    visibility = visibility.pad(more, 0)
-    rows = visibility.query_positions.shape[-1]
+    # Rows of padding count no keys, unlike those of a call that is shorter than its buffer.
+    lengths = jnp.full((1,), T, jnp.int32)
+    if visibility.query_lengths is not None:
+        lengths = jnp.minimum(visibility.query_lengths, T)
+    visibility = dataclasses.replace(visibility.pad(more, 0), query_lengths=lengths)
+    rows = T + more
 
     dtype = jnp.promote_types(query.dtype, jnp.float32)
 
@@ -49,21 +55,18 @@ def attention_statistics(
 
     def some_rows(i):
         start = i * block
-        seen = visibility.visible(start, block)
-        group = N // key.shape[2] if seen.shape[1] > 1 else 1
-        seen = jnp.repeat(seen, group, axis=1) & (start + jnp.arange(block) < T)[:, None]
-        part = cut(mask, start, 2)
         return reference.attention_statistics(
             cut(query, start, 1),
             key,
             cut(bias, start, 2),
-            seen if part is None else seen & part,
-            Visibility(jnp.zeros((1, block), int), jnp.zeros((1, 1, S), int)),
+            cut(mask, start, 2),
+            visibility.rows(start, block),
             cut(sinks, start, 1) if sinks is not None and sinks.ndim == 3 else sinks,
             cut(lse, start, 1),
             normalizer=normalizer,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
+            normalizer_params=normalizer_params,
         )
 
     if blocks == 1:

@@ -49,14 +49,21 @@ class Oracle:
         scale=None,
         logits_soft_cap=None,
         offset=0,
+        bias=None,
+        log_forget=None,
+        slots=None,
+        differential=False,
     ):
         """[T, N, H] from a whole text; `position_cap` = C − 1 in cache_relative, None in absolute.
 
-        theta None: no rotation.
+        theta None: no rotation. sinks [N] or [T, N]; bias: a function of distances [T, T] to
+        [N, T, T]; log_forget [T, N]; slots: (key [K, m, H], value [K, m, H], mode, position).
         """
         query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
         T, N, H = query.shape
         group = N // key.shape[1]
+        if differential:
+            value = cls.pairs(value)
         key, value = np.repeat(key, group, axis=1), np.repeat(value, group, axis=1)
         t = offset + np.arange(T)
 
@@ -68,16 +75,63 @@ class Oracle:
             near = turn(query, np.minimum(t, position_cap))
             at_sinks = np.einsum("tnh,snh->nts", near, turn(key, t))
             logits = np.where(t[None, None, :] < num_sink_tokens, at_sinks, logits)
-        logits = logits * (H**-0.5 if scale is None else scale)
-        if logits_soft_cap is not None:
-            logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+
+        def scored(logits):
+            logits = logits * (H**-0.5 if scale is None else scale)
+            if logits_soft_cap is not None:
+                logits = logits_soft_cap * np.tanh(logits / logits_soft_cap)
+            return logits
+
+        logits = scored(logits)
         distance = t[:, None] - t[None, :]
         where = distance >= 0
         if window is not None:
             where &= (distance < window) | (t[None, :] < num_sink_tokens)
-        per_row = None if sinks is None else np.broadcast_to(np.asarray(sinks)[:, None], (N, T))
-        weights = cls.normalize(normalizer, logits, where[None], per_row, parameter)
-        return np.einsum("nts,snh->tnh", weights, value)
+        start = t if position_cap is None else np.minimum(t, position_cap)
+        if bias is not None:
+            is_sink = t[None, :] < num_sink_tokens
+            logits = logits + bias(np.where(is_sink, start[:, None] - t[None, :], distance))
+        if log_forget is not None:
+            total = np.asarray(log_forget, np.float64).cumsum(0).T
+            logits = logits + total[:, :, None] - total[:, None, :]
+        where = np.broadcast_to(where, logits.shape)
+        mode, added = None, 0.0
+        if slots is not None:
+            slot_key, slot_value, mode, position = slots
+            near = turn(query, start) if position == "start" else query
+            if mode != "value":
+                slot_key = np.repeat(slot_key, group, axis=0)
+                at_slots = scored(np.einsum("tnh,nmh->ntm", near, slot_key))
+            if mode != "key":
+                slot_value = np.repeat(
+                    cls.pairs(slot_value, 0) if differential else slot_value, group, axis=0
+                )
+        if sinks is not None:
+            sinks = np.broadcast_to(sinks, (T, N)).T
+        if mode in ("key", "key_value"):
+            logits = np.concatenate([at_slots, logits], axis=-1)
+            where = np.concatenate([np.ones_like(at_slots, bool), where], axis=-1)
+        elif mode == "context":
+            both = np.concatenate([at_slots, logits], axis=-1)
+            visible = np.concatenate([np.ones_like(at_slots, bool), where], axis=-1)
+            shares = cls.normalize(normalizer, both, visible, sinks, parameter)
+            added = np.einsum("ntm,nmh->tnh", shares[..., : at_slots.shape[-1]], slot_value)
+        elif mode == "value":
+            added = slot_value.sum(1)
+        weights = cls.normalize(normalizer, logits, where, sinks, parameter)
+        if mode in ("key", "key_value"):
+            m = at_slots.shape[-1]
+            if mode == "key_value":
+                added = np.einsum("ntm,nmh->tnh", weights[..., :m], slot_value)
+            weights = weights[..., m:]
+        return np.einsum("nts,snh->tnh", weights, value) + added
+
+    @staticmethod
+    def pairs(value, axis=1):
+        """Values of both heads of a pair, for both."""
+        first, second = np.split(value, 2, axis=axis)
+        pair = np.concatenate([first, second], axis=-1)
+        return np.concatenate([pair, pair], axis=axis)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from flax import nnx
 from sinkjax.cache import Full, SinkWindow
 from sinkjax.models import DecoderConfig, from_parameters, parameters
 from sinkjax.models.parameters import abstract
-from sinkjax.modules.attention import DType
+from sinkjax.modules.variant import DType
 
 P, W = 3, 11
 C = P + W

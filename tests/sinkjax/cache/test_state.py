@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import pytest
 
 from sinkjax import cache as caches
 from sinkjax.cache import Cache, Full, LayerSpec, LayerState, SinkWindow
+from sinkjax.stream.session import Session
 
 LAYERS = [
     LayerSpec(2, 6),
@@ -104,6 +106,41 @@ def test_host_guards():
     stream.require_room(1)
     with pytest.raises(ValueError, match="clock .* 2147483647"):
         stream.require_room(2)
+
+
+def test_a_layer_with_a_forget_gate_keeps_its_decay(tmp_path):
+    specs = [LayerSpec(2, 6), LayerSpec(2, 6, window=5, num_forget_heads=4)]
+    cache = caches.create(SinkWindow(3, 11), specs, 1, dtype=jnp.bfloat16)
+    assert cache.layers[0].decay is None
+    decay = cache.layers[1].decay
+    assert (decay.shape, decay.dtype) == ((1, 4, 5), jnp.float32)
+    plain = caches.create(SinkWindow(3, 11), [LayerSpec(2, 6), LayerSpec(2, 6, window=5)], 1)
+    assert len(jax.tree.leaves(cache)) == len(jax.tree.leaves(plain)) + 1
+    assert cache.nbytes == plain.nbytes - 2 * 2 * 2 * 6 * (14 + 5) + 4 * 4 * 5
+
+    @functools.partial(jax.jit, donate_argnames="cache")
+    def step(cache, x, gates):
+        positions, states = cache.next_positions(3), []
+        for layer, gate in enumerate((None, gates)):
+            _, state = caches.attend(
+                cache.layer(layer), x, x[:, :, :2], x[:, :, 2:], positions, rope=None,
+                log_forget=gate,
+            )  # fmt: skip
+            states.append(state)
+        return cache.advance(states, positions)
+
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 3, 4, 6)), jnp.float32)
+    gates = -jnp.arange(12.0).reshape(1, 3, 4)
+    after = step(cache, x, gates)
+    assert decay.is_deleted()
+    np.testing.assert_array_equal(after.layers[1].decay[0, 1], [-14, -9, 0, -15, -15])
+    Session(after, position=3).save(tmp_path / "session.npz")
+    restored = Session.load(tmp_path / "session.npz").cache
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert jax.tree.structure(restored) == jax.tree.structure(after)
+    empty = restored.reset_rows(jnp.asarray([True]))
+    np.testing.assert_array_equal(empty.layers[1].decay, 0)
 
 
 def test_advance_wants_every_layer():

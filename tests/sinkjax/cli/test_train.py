@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from sinkjax.cli import main
+from sinkjax.cli import main, train
 from sinkjax.models import preset
-from sinkjax.train import RunConfig, from_json, read_metrics
+from sinkjax.train import OptimizerConfig, RunConfig, from_json, read_metrics
 
 RUN = "import sys; from sinkjax.cli import main; sys.exit(main(sys.argv[1:]))"
 FULL = """
 import json, resource, sys
-from sinkjax.cli import main
+from sinkjax.cli import main, train
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 print([main(argv) for argv in json.loads(sys.argv[2])])
 """
@@ -113,12 +113,15 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(train_argv, trained
     [
         ("--preset tinny", "preset: expected one of tiny, small, gpt2, "),
         ("--preset=tinny", "got 'tinny'"),
+        ("--variant gates", "variant: expected one of softmax; softmax1; "),
+        ("--recipe ops", "recipe: expected one of gu, "),
+        ("--variant differential", "differential: expected even num_heads"),
         ("--model.normalizer softmaxx", "normalizer: expected one of softmax, softmax1, "),
         ("--model.num-heads 5 --model.num-kv-heads 2", "multiple of num_kv_heads=2, got 5"),
         ("--model.windows 0", "window: expected at least 1 or None, got 0"),
-        ("--model.gate half", "Expected one of ('none', 'headwise', 'elementwise')"),
+        ("--model.gate half", "Expected one of ('none', 'elementwise', 'headwise'"),
         ("--steps 0", "steps: expected at least 1, got 0"),
-        ("--optimizer.name sgd", "Expected one of ('adamw', 'muon')"),
+        ("--optimizer.name sgd", "Expected one of ('adamw', 'muon', 'orthoadam')"),
         ("--stepz 3", "Unrecognized options: --stepz, 3; perhaps --steps INT"),
         ("--data.files {0}/none.txt", "data.files: expected text files, '{0}/none.txt' names none"),
         ("--data.files {0}/empty.txt", "is empty"),
@@ -146,3 +149,14 @@ def test_unreadable_data_is_one_line(says, train_argv, text, tmp_path, monkeypat
 def test_another_config_in_the_folder_is_refused_by_name(says, trained):
     line = says(*trained.argv, "--optimizer.learning-rate", "0.5")
     assert "optimizer.learning_rate" in line and trained.folder in line
+
+
+def test_variant_and_recipe_are_defaults_that_flags_override():
+    argv = ["--variant", "sigmoid, bias -ln T", "--recipe=osp", "--preset", "small"]
+    found = train.default(argv)
+    assert (found.preset, found.variant, found.recipe) == ("small", "sigmoid, bias -ln T", "osp")
+    assert found.model.normalizer == "sigmoid(bias=-5.5452)"  # ln 256
+    assert found.model.norm == "single_scale" and found.model.num_layers == 6
+    assert found.optimizer.name == "muon"
+    plain = train.default([])
+    assert plain.model == preset("tiny") and plain.optimizer == OptimizerConfig()

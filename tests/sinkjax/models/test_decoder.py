@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sinkjax.cache import Full
 from sinkjax.models import Decoder, DecoderConfig, from_parameters, parameters, unroll
 
 CONFIG = DecoderConfig(
@@ -26,8 +27,10 @@ CONFIG = DecoderConfig(
     num_sink_tokens=2,
     init_std=0.2,
 )
+ONE = dataclasses.replace(CONFIG, num_layers=1, windows=(None,))
 SCANNED = dataclasses.replace(CONFIG, scan_layers=True)
 B, T = 3, 13
+PENALTIES = ("decorrelation", "tweo", "hidden_z_loss")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 31, (B, T)))
 
 
@@ -63,8 +66,11 @@ def everything(model):
     """Output with statistics, and the gradient of a loss that touches all parameters."""
 
     def loss(model):
-        output = model(TOKENS, statistics=True)
-        return jax.nn.logsumexp(output.logits, axis=-1).sum() + (output.hidden**2).sum(), output
+        output = model(TOKENS, statistics=True, penalties=PENALTIES)
+        aux = 100 * sum(output.aux.values())
+        return jax.nn.logsumexp(output.logits, axis=-1).sum() + (
+            output.hidden**2
+        ).sum() + aux, output
 
     gradient, output = jax.grad(loss, has_aux=True)(model)
     return output, parameters(gradient)
@@ -95,6 +101,46 @@ def test_equal_numbers_in_every_mode(model, expected, scan, remat):
     # In the order of the layers: the last query sees its window, and sink tokens outside of it.
     seen = np.asarray(statistics["key_count"][:, 0, 0, 5])
     np.testing.assert_array_equal(seen, [4, 8, 4, 8])
+
+
+def test_penalties_are_those_of_the_residual_stream(model):
+    """Against NumPy on the captured stream: padding is left out, BOS is that of the segment."""
+    segments = np.asarray([[1] * 6 + [2] * 5 + [0] * 2, [1] * 13, [1] * 2 + [2] * 9 + [3] * 2])
+
+    @jax.jit
+    def captured(model):
+        call = nnx.capture(model, nnx.Intermediate)
+        return call(TOKENS, segment_ids=jnp.asarray(segments), penalties=PENALTIES)
+
+    output, found = captured(model)
+    assert set(output.aux) == set(PENALTIES)
+    blocks = nnx.to_pure_dict(found)["blocks"]
+    stream = np.stack([np.asarray(blocks[i]["residual_mlp"][0], np.float64) for i in range(4)])
+    real = segments != 0
+    want = {
+        "tweo": ((np.abs(stream) / 3) ** 4).mean(-1)[:, real].mean(),
+        "hidden_z_loss": (np.log(np.exp(np.abs(stream[-1])).sum(-1)) ** 2)[real].mean(),
+    }
+    unit = stream / np.linalg.norm(stream, axis=-1, keepdims=True)
+    cosines = []
+    for b in range(B):
+        for number in range(1, segments[b].max() + 1):
+            text = unit[:-1, b, segments[b] == number]
+            cosines.append(np.einsum("LTD,LD->LT", text[:, 1:], text[:, 0]).ravel() ** 2)
+    want["decorrelation"] = np.concatenate(cosines).mean()
+    for name, value in want.items():
+        np.testing.assert_allclose(output.aux[name], value, rtol=1e-4, err_msg=name)
+
+
+def test_penalties_that_make_no_sense_are_refused(model):
+    with pytest.raises(ValueError, match="penalties: expected some of hidden_z_loss.*; got twee"):
+        model(TOKENS, penalties=("tweo", "twee"))
+    shallow = from_parameters(ONE, parameters(Decoder(ONE, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match="at least 2 layers with decorrelation.*got 1"):
+        shallow(TOKENS, penalties=("decorrelation",))
+    with pytest.raises(ValueError, match="penalties: expected none with a cache, got tweo"):
+        cache = shallow.init_cache(Full(16), B)
+        shallow(TOKENS, cache=cache, penalties=("tweo",))
 
 
 def test_rematerialisation_keeps_less(model):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from sinkjax.modules import Attention, AttentionConfig
-from sinkjax.modules.attention import GATES
+from sinkjax.modules.variant import GATES
 
 BASE = AttentionConfig(model_dim=19, num_heads=6, num_kv_heads=2, head_dim=10, init_std=0.3)
 B, T = 3, 13

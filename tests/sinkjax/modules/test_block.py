@@ -1,4 +1,6 @@
-"""Block: two pre-normed halves beside the residual stream, and its statistics."""
+"""Block: two normed halves beside the residual stream, and its statistics."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -58,3 +60,42 @@ def test_plain_call_leaves_the_module_as_it_was(mode):
         "mlp",
         "mlp_norm",
     }
+
+
+@pytest.mark.parametrize("placement, norm", [("post", "pre_affine"), ("sandwich", "dynamic_tanh")])
+def test_norm_placement(placement, norm):
+    config = dataclasses.replace(CONFIG, norm_placement=placement, norm=norm)
+    block = Block(config, 23, rngs=nnx.Rngs(0))
+    names = {"attention_norm", "mlp_norm"}
+    if placement == "sandwich":
+        names |= {"attention_norm_out", "mlp_norm_out"}
+    leaves = {"post": {"pre_scale", "scale"}, "sandwich": {"alpha", "scale", "bias"}}[placement]
+    for seed, name in enumerate(sorted(names)):  # no two norms are alike
+        module = getattr(block, name)
+        assert set(nnx.to_pure_dict(nnx.state(module))) == leaves
+        module.scale[...] = jax.random.uniform(jax.random.key(seed), (D,), minval=0.5, maxval=2)
+    assert set(nnx.to_pure_dict(nnx.state(block))) == names | {"attention", "mlp"}
+    x = jax.random.normal(jax.random.key(9), (B, T, D))
+
+    @jax.jit
+    def run(block, x):
+        return nnx.capture(lambda m, x: m(x, statistics=True), nnx.Intermediate)(block, x)
+
+    @jax.jit
+    def expected(block, x):
+        def attention(x):
+            return block.attention(x)[0]
+
+        if placement == "post":
+            middle = block.attention_norm(x + attention(x))
+            return middle, block.mlp_norm(middle + block.mlp(middle))
+        middle = x + block.attention_norm_out(attention(block.attention_norm(x)))
+        return middle, middle + block.mlp_norm_out(block.mlp(block.mlp_norm(middle)))
+
+    (end, _, found), taps = run(block, x)
+    taps, (middle, last) = nnx.to_pure_dict(taps), expected(block, x)
+    np.testing.assert_allclose(taps["residual_attention"][0], middle, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(taps["residual_mlp"][0], last, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(end, last, rtol=1e-5, atol=1e-5)
+    norms = np.linalg.norm(np.stack([middle, last], axis=1), axis=-1)
+    np.testing.assert_allclose(found["residual_norm"], norms, rtol=1e-5)

@@ -11,6 +11,8 @@ import pytest
 import sinkjax
 from sinkjax.ops import attention
 from sinkjax.ops.attention import attention_statistics, attention_weights, dot_product_attention
+from sinkjax.ops.decode import decode_attention
+from sinkjax_kernels import normalizers
 
 B, T, S, N, K, H = 2, 7, 11, 6, 3, 5
 
@@ -204,17 +206,97 @@ def test_resolve_and_dispatch(qkv, monkeypatch):
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv]
     assert attention.resolve(*shapes, sinks=jax.ShapeDtypeStruct((N,), jnp.float32)) == "xla"
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "xla", refuses)
-    assert attention.resolve(*qkv) == "reference"
+    assert attention.resolve(*qkv) == "rows"
     assert attention.resolve(*qkv, implementation=["xla", "reference"]) == "reference"
     with pytest.raises(NotImplementedError, match="only on Tuesdays"):
         dot_product_attention(*qkv, implementation="xla")
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "rows", refuses)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "reference", refuses)
     with pytest.raises(ExceptionGroup) as error:
         dot_product_attention(*qkv)
     assert [str(e) for e in error.value.exceptions] == [
         "xla: only on Tuesdays",
+        "rows: only on Tuesdays",
         "reference: only on Tuesdays",
     ]
+
+
+BY = {
+    "xla": ("softmax", "sigsoftmax", "cog", "sigmoid", "relu", "elu", "identity", "consmax",
+            "softpick", "rectified_only", "relu_softmax"),
+    "rows": ("sigmoid(normalized=True)", "relu(by_length=True)", "elu(normalized=True)",
+             "identity(normalized=True)", "scaled_softpick", "ssmax", "clipped_softmax",
+             "normalized_clipped_softmax", "elastic_softmax", "sparsemax", "entmax15", "entmax",
+             "stick_breaking"),
+}  # fmt: skip
+
+
+def test_resolve_names_who_serves_each_normalizer(qkv):
+    for implementation, names in BY.items():
+        for name in names:
+            params = {
+                leaf: jax.ShapeDtypeStruct((N,), jnp.float32)
+                for leaf in normalizers.resolve(name).parameters
+            }
+            got = attention.resolve(*qkv, is_causal=True, normalizer=name, normalizer_params=params)
+            assert got == implementation, name
+    with pytest.raises(NotImplementedError, match="entmax15: its threshold depends on the whole"):
+        dot_product_attention(*qkv, normalizer="entmax15", implementation="xla")
+
+
+@pytest.mark.parametrize(
+    "name", ["elastic_softmax", "consmax", "elu", "elu(normalized=True)", "stick_breaking"]
+)
+def test_weights_statistics_and_decode_agree_with_the_output(qkv, name):
+    """One meaning of a normaliser, its leaves and its feature map, in all four functions."""
+    q, k, v = qkv[0], qkv[1][:, :T], qkv[2][:, :T]
+    leaves = normalizers.resolve(name).parameters
+    options = {
+        "normalizer": name,
+        "normalizer_params": {leaf: jnp.linspace(-0.2, 0.5, N) for leaf in leaves},
+    }
+    out = dot_product_attention(q, k, v, is_causal=True, **options)
+    weights = attention_weights(q, k, is_causal=True, **options)
+    np.testing.assert_allclose(
+        jnp.einsum("BNTS,BSNH->BTNH", weights, jnp.repeat(v, N // K, axis=2)), out, atol=2e-6
+    )
+    got = attention_statistics(q, k, is_causal=True, **options)
+    np.testing.assert_allclose(got.row_mass, weights.sum(-1), atol=1e-5)
+    places = jnp.broadcast_to(jnp.arange(T), (B, T))
+    decoded = decode_attention(
+        q, k.swapaxes(1, 2), v.swapaxes(1, 2), query_positions=places, key_positions=places,
+        **options,
+    )  # fmt: skip
+    np.testing.assert_allclose(decoded, out, atol=2e-6)
+    one = dot_product_attention(q[0], k[0], v[0], is_causal=True, **options)
+    np.testing.assert_allclose(one, out[0], atol=2e-6)
+
+
+def test_elu_is_a_kernel_of_mapped_queries_and_keys(qkv):
+    q, k = (np.where(np.asarray(x) > 0, np.asarray(x) + 1, np.exp(x)) for x in qkv[:2])
+    want = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, N // K, axis=2)) / np.sqrt(H)
+    got = attention_weights(*qkv[:2], normalizer="elu")
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    got = attention_weights(*qkv[:2], normalizer="elu(normalized=True)")
+    np.testing.assert_allclose(got, want / want.sum(-1, keepdims=True), rtol=2e-5)
+    scaled = attention_weights(*qkv[:2], normalizer="elu", scale=jnp.asarray(0.25))
+    np.testing.assert_allclose(scaled, want * np.sqrt(H) / 4, rtol=2e-5)
+
+
+def test_learned_leaves_have_gradients_in_every_implementation(qkv):
+    def loss(leaves, name, implementation):
+        return dot_product_attention(
+            *qkv, is_causal=True, normalizer=name, normalizer_params=leaves,
+            implementation=implementation,
+        ).sum()  # fmt: skip
+
+    for name in ("consmax", "ssmax"):
+        leaves = {leaf: jnp.linspace(-0.2, 0.3, N) for leaf in normalizers.resolve(name).parameters}
+        want = jax.grad(loss)(leaves, name, "reference")
+        got = jax.grad(loss)(leaves, name, None)
+        for leaf in leaves:
+            assert np.abs(want[leaf]).min() > 1e-6, leaf
+            np.testing.assert_allclose(got[leaf], want[leaf], rtol=1e-4, atol=1e-6)
 
 
 def test_a_slow_fallback_is_logged_once(qkv, monkeypatch, caplog):
@@ -234,6 +316,8 @@ BAD = [
     (dict(normalizer="softpick", return_residual=True), "has no log-sum-exp"),
     (dict(normalizer_params={"bias": jnp.zeros(N)}), "softmax takes [], got ['bias']"),
     (dict(normalizer="sigmoid", normalizer_params={"bias": jnp.zeros(K)}), "expected [N=6], got (3,)"),
+    (dict(normalizer="stick_breaking"), "is_causal: expected True with normalizer stick_breaking"),
+    (dict(normalizer="ssmax", normalizer_params={"bias": jnp.zeros(N)}), "takes ['scale'], got ['bias']"),
     (dict(mask=jnp.ones((T, S))), "mask: expected booleans, got float32"),
     (dict(mask=jnp.ones((S, T), bool)), "mask: expected a shape broadcastable to (2, 6, 7, 11)"),
     (dict(bias=jnp.ones((3, 1, T, S))), "bias: expected a shape broadcastable to (2, 6, 7, 11)"),
@@ -244,7 +328,7 @@ BAD = [
     (dict(key_positions=jnp.zeros((B, N, S), int)), "key_positions: expected [2, 3, 11], got [2, 6, 11]"),
     (dict(key_value_seq_lengths=jnp.array([3])), "key_value_seq_lengths: expected 2 integers"),
     (dict(logits_soft_cap=0.0), "logits_soft_cap: expected a number above 0, got 0.0"),
-    (dict(implementation="cuda"), "implementation: expected one of ['xla', 'reference'], got 'cuda'"),
+    (dict(implementation="cuda"), "implementation: expected one of ['xla', 'rows', 'reference'], got 'cuda'"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -50,6 +51,11 @@ def test_residual():
         ({"sinks": jnp.zeros(N), "normalizer": "softmax1"}, "only softmax takes sink logits"),
         ({"normalizer": "softmin"}, "expected one of softmax"),
         ({"return_residual": True, "normalizer": "softpick"}, "softpick has no log-sum-exp"),
+        ({"normalizer": "ssmax", "normalizer_params": {"bias": jnp.zeros(N)}}, "got \\['bias'\\]"),
+        (
+            {"normalizer": "ssmax", "normalizer_params": {"scale": jnp.zeros(K)}},
+            "normalizer_params\\['scale'\\]: expected \\[N=6\\], got \\(2,\\)",
+        ),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap: expected more than 0"),
         ({"implementation": "cuda"}, "implementation: expected one of reference"),
         ({"implementation": ()}, "implementation: expected one of reference"),
@@ -59,6 +65,17 @@ def test_residual():
 def test_bad_input(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+def test_bad_bias():
+    # The shape checks of the tests would come before those of the function.
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        for shape in [(1, K, 1, S), (N, T, S), (B, N, T, S + 1)]:
+            with pytest.raises(ValueError, match="bias: expected a shape broadcastable to"):
+                call(bias=jnp.zeros(shape))
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def test_dispatch_falls_through_and_lists_reasons(monkeypatch):

@@ -93,6 +93,7 @@ def test_what_leads_the_prompt(model):
     assert fed([1, 2], None) == 2 + 2
     assert fed([1, 2], Bytes()) == 3 + 2
     assert fed([256, 1, 2], Bytes()) == 3 + 2
+    assert fed([1, 2], Bytes(), bos=False) == 2 + 2
     assert fed([*LEARNED, 256, 1, 2], Bytes()) == 3 + 2
     assert fed([*LEARNED, 1, 2], None) == 2 + 2
     assert fed("", Bytes()) == 3

@@ -12,6 +12,7 @@ from sinkjax.train.config import (
     DataConfig,
     MeshConfig,
     OptimizerConfig,
+    PenaltyConfig,
     RunConfig,
     differences,
 )
@@ -64,6 +65,22 @@ def test_json_that_does_not_fit_is_named(text, message):
         (lambda: OptimizerConfig(weight_decay=-0.1), "^optimizer.weight_decay"),
         (lambda: OptimizerConfig(beta2=1.0), "^optimizer.beta2"),
         (lambda: OptimizerConfig(accumulation_steps=0), "^optimizer.accumulation_steps"),
+        (lambda: OptimizerConfig(rotation_block_size=0), "^optimizer.rotation_block_size"),
+        (lambda: OptimizerConfig(rotation_seed=-1), "^optimizer.rotation_seed"),
+        (lambda: OptimizerConfig(decay_fraction=1.5), "^optimizer.decay_fraction"),
+        (lambda: OptimizerConfig(muon_embeddings=True), "^optimizer.muon_embeddings.*'adamw'"),
+        (lambda: PenaltyConfig(tweo=-1.0), "^penalties.tweo: expected at least 0, got -1.0"),
+        (
+            lambda: RunConfig(
+                model=dataclasses.replace(preset("tiny"), num_layers=1),
+                penalties=PenaltyConfig(decorrelation=1.0),
+            ),
+            "^penalties.decorrelation: expected 0 with model.num_layers=1",
+        ),
+        (
+            lambda: DataConfig(source="backcopy", bos="none"),
+            "^data.bos: expected 'document' with source='backcopy', got 'none'",
+        ),
         (
             lambda: RunConfig(
                 data=DataConfig(batch_size=7), optimizer=OptimizerConfig(accumulation_steps=2)
@@ -75,6 +92,14 @@ def test_json_that_does_not_fit_is_named(text, message):
 def test_impossible_values_name_the_field(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_only_penalties_with_a_weight_are_named():
+    assert PenaltyConfig().weights == {}
+    assert PenaltyConfig(tweo=0.01, hidden_z_loss=1e-7).weights == {
+        "hidden_z_loss": 1e-7,
+        "tweo": 0.01,
+    }
 
 
 def test_differences_are_dotted_names_with_both_values():

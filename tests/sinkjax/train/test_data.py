@@ -72,6 +72,40 @@ def test_every_token_of_every_document_is_a_target_once_and_in_order(documents):
     assert set(documents.offsets[1:]) <= set(ends)
 
 
+def test_without_bos_only_the_first_token_of_a_document_is_no_target(documents):
+    packed = PackedRows(documents, T, None)
+    batch = packed.rows(np.arange(len(packed)))
+    tokens, targets = batch["tokens"], batch["targets"]
+    segments, mask = batch["segment_ids"], batch["loss_mask"]
+    assert (tokens < 256).all() and (segments[:, 0] == 1).all()
+    np.testing.assert_array_equal(mask, segments > 0)
+    inside = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    np.testing.assert_array_equal(targets[:, :-1][inside], tokens[:, 1:][inside])
+    assert (batch["positions"][:, 1:][inside] > 0).all()
+    # Every pair of neighbours within a document is (token, target) once; a document of one has none.
+    text, offsets = documents.tokens, documents.offsets
+    last = np.zeros(len(text), bool)
+    last[offsets[1:] - 1] = True
+    want = sorted(zip(text[:-1][~last[:-1]].tolist(), text[1:][~last[:-1]].tolist(), strict=True))
+    assert sorted(zip(tokens[mask == 1].tolist(), targets[mask == 1].tolist(), strict=True)) == want
+    assert (segments == 0).mean() < 0.1
+    with pytest.raises(ValueError, match="documents: expected some of 2 tokens or more"):
+        PackedRows(Documents(np.zeros(3, np.uint8), np.arange(4)), T, None)
+
+
+def test_learned_sink_tokens_lead_without_bos(documents):
+    """The last of them predicts the first token, as BOS would."""
+    with_bos, without = (
+        PackedRows(documents, T, BOS, (257,)),
+        PackedRows(documents, T, None, (257, 258)),
+    )
+    one, other = (packed.rows(np.arange(len(packed))) for packed in (with_bos, without))
+    renamed = np.where(one["tokens"] == BOS, 258, one["tokens"])
+    np.testing.assert_array_equal(renamed, other["tokens"])
+    for name in set(one) - {"tokens", "targets"}:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
 def test_batch_n_is_a_function_of_seed_and_n(documents):
     packed = PackedRows(documents, T, BOS)
     one, again = batches(packed, 5, seed=3), batches(packed, 5, seed=3)
@@ -136,5 +170,14 @@ def test_vocabulary_and_length_are_checked(documents, tmp_path):
         load_data(config, 17, 258, 2)
     train, _ = load_data(config, 17, 259, 2)
     assert train[0]["tokens"][0, :3].tolist() == [257, 258, 256]
+    config = DataConfig(files=(str(file),), bos="none", validation_fraction=0.3)
+    train, validation = load_data(config, 17, 257)
+    assert train[0]["tokens"][0, :6].tolist() == [*b"some ", 0]
+    assert validation[0]["targets"][0, :3].tolist() == [*b"xt", 0]
     with pytest.raises(ValueError, match="context_length: expected more than the 3"):
         PackedRows(documents, 3, BOS, (257, 258, 259))
+
+
+def test_backcopy_refuses_learned_sink_tokens_that_its_rows_do_not_hold():
+    with pytest.raises(ValueError, match="num_learned_sink_tokens: expected 0 .*got 2"):
+        load_data(DataConfig(source="backcopy"), 32, 80, 2)

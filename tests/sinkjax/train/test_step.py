@@ -12,7 +12,7 @@ from sinkjax.models.config import DecoderConfig
 from sinkjax.models.parameters import from_parameters
 from sinkjax.ops.losses import token_nll
 from sinkjax.sharding import make_mesh
-from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig
+from sinkjax.train.config import DataConfig, OptimizerConfig, PenaltyConfig, RunConfig
 from sinkjax.train.step import abstract_state, init_state, make_eval_step, make_train_step
 from sinkjax.train.tasks import Backcopy
 
@@ -67,20 +67,67 @@ def test_loss_is_the_masked_mean_and_falls(mesh):
     assert step._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
+PENALTIES = PenaltyConfig(hidden_z_loss=0.01, tweo=30.0, decorrelation=0.5)
+WHOLE = dataclasses.replace(
+    CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, z_loss=1e-2), penalties=PENALTIES
+)
+
+
+@pytest.fixture(scope="module")
+def whole(mesh):
+    """One step with every part of the loss, in one piece."""
+    batch = _padded(_batch(0))
+    state, metrics = make_train_step(WHOLE, mesh)(init_state(WHOLE, mesh), batch)
+    return state.opt_state, metrics
+
+
 @pytest.mark.parametrize("parts", [2, 3])
-def test_accumulation_changes_nothing_but_memory(mesh, parts):
-    optimizer = dataclasses.replace(CONFIG.optimizer, z_loss=1e-2)
-    whole = dataclasses.replace(CONFIG, optimizer=optimizer)
-    cut = dataclasses.replace(
-        whole, optimizer=dataclasses.replace(optimizer, accumulation_steps=parts)
-    )
-    results = []
-    for config in (whole, cut):
-        state, metrics = make_train_step(config, mesh)(init_state(config, mesh), _batch(0))
-        results.append((state.opt_state, metrics))
+def test_accumulation_changes_nothing_but_memory(mesh, whole, parts):
+    optimizer = dataclasses.replace(WHOLE.optimizer, accumulation_steps=parts)
+    config = dataclasses.replace(WHOLE, optimizer=optimizer)
+    batch = _padded(_batch(0))
+    state, metrics = make_train_step(config, mesh)(init_state(config, mesh), batch)
     # Adam's first update is nearly a sign: compare its moments and the metrics, not the update.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), *results)
-    assert float(results[0][1]["loss"]) > float(results[0][1]["nll"]) + 0.1  # ln(65)^2 / 100
+    found = state.opt_state, metrics
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-7), whole, found)
+
+
+def test_the_loss_is_the_sum_of_its_parts(mesh, whole):
+    found = {name: float(value) for name, value in whole[1].items()}
+    weighted = sum(weight * found[name] for name, weight in PENALTIES.weights.items())
+    z_loss = found["loss"] - found["nll"] - weighted
+    assert 0.1 < z_loss < 0.3  # ln(65)^2 / 100
+    # A penalty is the model's own, whatever the padding holds.
+    model = from_parameters(CONFIG.model, init_state(CONFIG, mesh).params)
+    for name, value in _aux(model, _padded(_batch(0))).items():
+        assert found[name] == pytest.approx(float(value), rel=1e-4), name
+
+
+@jax.jit
+def _aux(model, batch):
+    return model(
+        jnp.where(batch["segment_ids"] == 0, 3, batch["tokens"]),
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        penalties=("hidden_z_loss", "tweo", "decorrelation"),
+    ).aux
+
+
+def _padded(batch):
+    """Rows of different length, so that a mean of means of the penalties would be wrong too."""
+    real = np.arange(13) < np.asarray([13, 9, 5, 2, 11, 13])[:, None]
+    return batch | {"segment_ids": real * np.int32(1), "loss_mask": real * batch["loss_mask"]}
+
+
+def test_a_penalty_without_a_weight_is_not_computed(mesh):
+    texts = []
+    for penalties in (PenaltyConfig(), PenaltyConfig(decorrelation=1e-3)):
+        config = dataclasses.replace(CONFIG, penalties=penalties)
+        state, step = abstract_state(config, mesh), make_train_step(config, mesh)
+        metrics = jax.eval_shape(step, state, _batch(0))[1]
+        texts.append(str(jax.make_jaxpr(step)(state, _batch(0))))
+        assert ("decorrelation" in metrics) == (penalties.decorrelation > 0)
+    assert "cummax" not in texts[0] and "cummax" in texts[1]
 
 
 def test_the_seed_decides_the_parameters(mesh):
