@@ -111,7 +111,7 @@ class Experiment:
     steps_backcopy: int = 400
     """Optimiser steps on backcopy."""
 
-    steps_text: int = 500
+    steps_text: int = 250
     """Optimiser steps on text."""
 
     figure: Path | None = None
@@ -436,17 +436,17 @@ def table(results: list[dict[str, Any]], task: Task) -> Table:
 
 def figure(results: list[dict[str, Any]]) -> Figure:
     """A row per variant, a dot per seed: sink and loss on both tasks; the bar is softmax's mean."""
-    panels: list[tuple[Task, str, str]] = [
-        ("backcopy", "to_bos", "idle attention to BOS"),
-        ("backcopy", "loss", "loss, nats"),
-        ("text", "importance", "attention to BOS"),
-        ("text", "loss", "loss, nats"),
+    panels: list[tuple[Task, str, str, tuple[float, float]]] = [
+        ("backcopy", "to_bos", "idle attention to BOS", (0, 1)),
+        ("backcopy", "loss", "loss, nats", (3.2, 3.3)),
+        ("text", "importance", "attention to BOS", (0, 0.3)),
+        ("text", "loss", "loss, nats", (1.8, 2.6)),
     ]
     names = list(dict.fromkeys(one["variant"] for one in results))
     groups = list(dict.fromkeys(one["group"] for one in results))
     colours = dict(zip(groups, style.CYCLE, strict=False))
     shown = style.new_figure(11, 1.7 + 0.19 * len(names))
-    for axes, (task, entry, label) in zip(
+    for axes, (task, entry, label, (low, high)) in zip(
         np.atleast_1d(shown.subplots(1, len(panels), sharey=True)), panels, strict=True
     ):
         style.dress(axes, title=task, x=label)
@@ -455,12 +455,19 @@ def figure(results: list[dict[str, Any]]) -> Figure:
                 continue
             values = [row[entry] for row in one["results"] if _finite(row, entry)]
             place = names.index(one["variant"])
-            axes.scatter(values, [place] * len(values), s=14, color=colours[one["group"]])
+            for marker, some in (
+                ("o", [x for x in values if low <= x <= high]),
+                (">", [high for x in values if x > high]),
+                ("<", [low for x in values if x < low]),
+            ):
+                colour = colours[one["group"]]
+                axes.scatter(some, [place] * len(some), s=14, marker=marker, color=colour)
             if one["variant"] == "softmax" and values:
                 axes.axvline(statistics.fmean(values), color=style.GREY, linewidth=0.8)
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
-    note = "Each dot is a seed; colours are the groups; the line is plain softmax."
+        axes.set_xlim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    note = "Each dot is a seed, a triangle one beyond the edge; the line is plain softmax."
     style.headline(shown, "Attention variants at equal budget", note)
     return shown
 

@@ -42,7 +42,8 @@ class Capture:
         query, key: [L, B, T, N, H], [L, B, T, K, H] before RoPE.
         query_rotated, key_rotated: the same after RoPE.
         value: [L, B, T, K, H].
-        gate: [L, B, T, N] or [L, B, T, N, H] gate values in (0, 1); None without a gate.
+        gate: [L, B, T, ...] what the gate multiplies by, of the shape of its scores (`Gate`); None
+            without a gate.
         attention_out: [L, B, T, N, H] output of each head, after the gate.
         logits: [B, T, V]; hidden: [B, T, D] after the last norm.
         statistics: `Output.statistics` of the same call.

@@ -1,6 +1,5 @@
 """The Bigram-Backcopy comparison: the same one-layer model under each attention variant."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from sinkjax.models.config import DecoderConfig
+from sinkjax.models.variants import variants
 from sinkjax.train.config import DataConfig, OptimizerConfig, RunConfig
 from sinkjax.train.tasks import VOCAB_SIZE, Backcopy
 
@@ -15,14 +15,17 @@ LENGTH, BATCH_SIZE, STEPS = 32, 64, 400
 """T, rows per step and steps of the comparison (training notes of Guo et al.'s task at toy size)."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "softmax1": {"normalizer": "softmax1"},
-    "sink logit": {"sinks": True},
-    "sigmoid, bias -ln T": {"normalizer": f"sigmoid(bias={-math.log(LENGTH):.4f})"},
-    "gate, element-wise": {"gate": "elementwise"},
-    "gate, head-wise": {"gate": "headwise"},
-    "sigmoid, no bias": {"normalizer": "sigmoid"},
-    "softpick": {"normalizer": "softpick"},
+    name: variants(LENGTH)[name].fields
+    for name in (
+        "softmax",
+        "softmax1",
+        "sink logit",
+        "sigmoid, bias -ln T",
+        "gate, element-wise",
+        "gate, head-wise",
+        "sigmoid, no bias",
+        "softpick",
+    )
 }
 """Variant -> fields of `DecoderConfig` in which it differs from plain softmax attention."""
 
