@@ -130,7 +130,9 @@ class Attention(nnx.Module):
         tap(self, "value", value)
         state, reduced = None, {}
         if cache is None:
-            out, reduced = self._attend(x, query, key, value, positions, segment_ids, statistics)
+            out, reduced = self._attend(
+                x, query, key, value, positions, segment_ids, real, statistics
+            )
         else:
             if not config.is_causal:
                 raise ValueError("cache: expected a causal layer, got is_causal=False")
@@ -195,10 +197,9 @@ class Attention(nnx.Module):
     # --- without a cache
 
     def _attend(
-        self, x, query, key, value, positions, segment_ids, statistics
+        self, x, query, key, value, positions, segment_ids, real, statistics
     ) -> tuple[Any, dict[str, Array]]:
         config, slots = self.config, self._slots
-        real = _real(x, positions, segment_ids)
         index = jnp.arange(x.shape[1]) if positions is None else positions
         index = index if index.ndim == 2 else index[None]
         slot_query = query
