@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 
@@ -26,7 +27,17 @@ from jaxtyping import Array, Bool, Int
         "query_lengths",
         "key_lengths",
     ],
-    meta_fields=["is_causal", "left", "right", "excludes_self", "in_order"],
+    meta_fields=[
+        "is_causal",
+        "left",
+        "right",
+        "excludes_self",
+        "in_order",
+        "query_start",
+        "key_start",
+        "num_sink_tokens",
+        "same_segments",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class Visibility:
@@ -42,6 +53,11 @@ class Visibility:
         left, right: window, in positions before and after the query; None is unbounded.
         excludes_self: hide the key at the query's own position.
         in_order: keys are known to lie in the order of their positions.
+        query_start, key_start: slot i is known to be at this position plus i; None where only the
+            arrays know.
+        num_sink_tokens: sink tokens are known to be those at positions (in segments without
+            positions: at indices) below it; None where only `key_is_sink` knows.
+        same_segments: queries and keys are known to have the same segment ids.
     """
 
     # Leaves are `Any`: tree transformations put all sorts of things in the place of arrays.
@@ -57,6 +73,10 @@ class Visibility:
     right: int | None = None
     excludes_self: bool = False
     in_order: bool = False
+    query_start: int | None = None
+    key_start: int | None = None
+    num_sink_tokens: int | None = None
+    same_segments: bool = False
 
     @property
     def has_window(self) -> bool:
@@ -77,6 +97,8 @@ class Visibility:
             query_segment_ids=widen(self.query_segment_ids, queries, -1),
             key_segment_ids=widen(self.key_segment_ids, keys, -1),
             key_is_sink=widen(self.key_is_sink, keys, False),
+            query_start=self.query_start if queries == 0 else None,
+            key_start=self.key_start if keys == 0 else None,
         )
 
     def rows(self, start, size: int) -> "Visibility":
@@ -90,6 +112,8 @@ class Visibility:
             query_positions=cut(self.query_positions),
             query_segment_ids=cut(self.query_segment_ids),
             query_lengths=None if self.query_lengths is None else self.query_lengths - start,
+            query_start=None,
+            same_segments=False,
         )
 
     def visible(
@@ -197,6 +221,10 @@ def build(
         local_window_size: `(left, right)` without the query itself; an int n is (n, n).
         num_sink_tokens: keys whose given position (with segments and no positions: whose index
             within the segment) is below it are sink tokens, unless `key_is_sink` says which are.
+        query_positions, key_positions: consecutive ones are best given as NumPy arrays, whose values
+            are known while tracing: kernels then need not read them.
+        query_segment_ids, key_segment_ids: best one and the same array, for the same reason. Equal
+            ids are adjacent: a segment is a run of them.
 
     Raises:
         ValueError: names the argument, what was expected and what came.
@@ -213,6 +241,7 @@ def build(
     positions_q = _row("query_positions", query_positions, B, T)
     if positions_q is None:
         positions_q = jnp.arange(T, dtype=jnp.int32)[None]
+    same_segments = query_segment_ids is key_segment_ids is not None
     segments_k = _row("key_segment_ids", key_segment_ids, B, S)
     positions_k = _per_head("key_positions", key_positions, B, S, K)
     is_sink = _per_head("key_is_sink", key_is_sink, B, S, K)
@@ -222,6 +251,9 @@ def build(
         positions_k = index = jnp.arange(S, dtype=jnp.int32)[None, None]
         if segments_k is not None:
             index = _index_within_segment(segments_k)[:, None]
+    # With segments, given positions decide instead of the index that kernels could count.
+    by_position = bool(num_sink_tokens) and segments_k is not None and key_positions is not None
+    by_array = is_sink is not None or by_position
     if is_sink is None and num_sink_tokens > 0:
         is_sink = index < num_sink_tokens
     return Visibility(
@@ -236,7 +268,22 @@ def build(
         left=left,
         right=right,
         in_order=key_positions is None,
+        query_start=_start(query_positions),
+        key_start=_start(key_positions),
+        num_sink_tokens=None if by_array else num_sink_tokens,
+        same_segments=same_segments,
     )
+
+
+def _start(positions) -> int | None:
+    """The first of consecutive positions, where that can be known while tracing."""
+    if positions is None:
+        return 0
+    if not isinstance(positions, np.ndarray) or positions.size == 0:
+        return None
+    first = int(positions.flat[0])
+    consecutive = first >= 0 and (positions == first + np.arange(positions.shape[-1])).all()
+    return first if consecutive else None
 
 
 def _row(name: str, x, batch: int, length: int) -> Array | None:

@@ -43,7 +43,7 @@ def attention(
     """`flash.reference.attention` on a TPU, for causal masks that are ranges.
 
     Args:
-        visibility: the mask; its arrays must not be traced, as those made inside `jax.jit` are.
+        visibility: the mask.
         ranges: the mask where the caller knows it as ranges; `visibility` is not looked at then.
         blocks: block sizes, `tpu_blocks.BLOCKS` of a chip; those of v5e by default.
         interpret: True or `pltpu.InterpretParams()` to run on any backend.
@@ -64,6 +64,10 @@ def attention(
         if visibility is None:
             raise ValueError("visibility, ranges: expected one of them, got neither")
         ranges = ranges_of(visibility)
+    if ranges.has_segments or ranges.offset:
+        raise NotImplementedError(
+            "segments and shifted queries are not built; `flash.xla` serves them"
+        )
     ranges = ranges.within(T)
     if S < T:
         raise NotImplementedError(

@@ -23,7 +23,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sinkjax_kernels.flash import tpu_tiles as tiles
 from sinkjax_kernels.flash.tpu_forward import chunks_of
-from sinkjax_kernels.flash.tpu_tiles import GRAIN, LOG2_E, Static, dot
+from sinkjax_kernels.flash.tpu_policies import LOG2_E
+from sinkjax_kernels.flash.tpu_tiles import GRAIN, Static, dot
 
 
 def backward(static: Static, query, key, value, d_out, lse, delta):

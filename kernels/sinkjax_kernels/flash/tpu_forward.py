@@ -18,7 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sinkjax_kernels.flash import tpu_tiles as tiles
-from sinkjax_kernels.flash.tpu_tiles import GRAIN, LOG2_E, MASKED, Static, dot
+from sinkjax_kernels.flash.tpu_policies import LOG2_E, MASKED
+from sinkjax_kernels.flash.tpu_tiles import GRAIN, Static, dot
 
 
 def forward(static: Static, query, key, value, sinks):

@@ -12,15 +12,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
 from sinkjax_kernels.flash.ranges import Ranges
 from sinkjax_kernels.flash.tpu_blocks import Blocks
+from sinkjax_kernels.flash.tpu_policies import ExpSum, Policy
 
 GRAIN = 128  # lanes of a vector register, and rows of the smallest tile that is skipped
-LOG2_E = math.log2(math.e)
-MASKED = -0.7 * float(np.finfo(np.float32).max)  # not −inf: −inf − −inf would be NaN
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of v5p and tpu7x; v5e and v6e have 128
 
 Piece = tuple[int, int, bool]  # first key, end, whether some pair in it is not visible
@@ -36,21 +34,24 @@ class Static:
     has_sinks: bool
     blocks: Blocks
     interpret: Any = False
+    policy: Policy = ExpSum()
 
     @property
     def fold(self) -> float:
-        """What a query is multiplied with: scores come out in base 2, or as the argument of tanh."""
-        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+        """What a query is multiplied with: scores come out times `policy.base`, or for tanh."""
+        if self.soft_cap is None:
+            return self.scale * self.policy.base
+        return self.scale / self.soft_cap
 
     def folded(self, query):
         return (query.astype(jnp.float32) * self.fold).astype(query.dtype)
 
     def capped(self, scores):
-        """Base-2 logits, and the slope of the soft cap or None."""
+        """Logits times `policy.base`, and the slope of the soft cap or None."""
         if self.soft_cap is None:
             return scores, None
         squashed = jnp.tanh(scores)
-        return squashed * (self.soft_cap * LOG2_E), 1 - squashed * squashed
+        return squashed * (self.soft_cap * self.policy.base), 1 - squashed * squashed
 
 
 def up(x: int, to: int = GRAIN) -> int:
