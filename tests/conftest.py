@@ -6,7 +6,8 @@ off otherwise, so that a run proves the whole path.
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 # Before the first import of jax. Whoever tests an accelerator names it in the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -43,3 +44,17 @@ def x64() -> Iterator[None]:
 
     with enable_x64():
         yield
+
+
+@pytest.fixture
+def placeless_h100() -> Callable[[], AbstractContextManager]:
+    """`with placeless_h100():` is what newer JAX asks before it lowers for a GPU that is not there."""
+    import jax
+
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), abstract_device=device
+    )
+    return lambda: jax.sharding.use_abstract_mesh(mesh)

@@ -28,6 +28,11 @@ def alike(operands: Tree) -> Tree:
     return jax.tree.map(widen, operands)
 
 
+def as_in(tree: Tree, operands: Any) -> Tree:
+    """A tree that varies, as one more of the operands would: what a loop over them begins with."""
+    return alike((tree, operands))[0]
+
+
 def struct(shape, dtype, *operands: Any) -> jax.ShapeDtypeStruct:
     """An output that depends on all operands: it varies wherever one of them does."""
     kind = type(jax.typeof(jax.tree.leaves(operands)[0]).manual_axis_type)

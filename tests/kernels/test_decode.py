@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sinkjax_kernels import decode, masks, normalizers
+from sinkjax_kernels.decode import int8
 from sinkjax_kernels.flash import reference as flash
 
 attend: Any = decode.decode_attention
@@ -234,3 +235,85 @@ def test_cache_leaves_are_not_transposed():
     equations = jax.make_jaxpr(run)(**x).jaxpr.eqns
     sizes = [e.invars[0].aval.size for e in equations if e.primitive.name in ("transpose", "copy")]
     assert max(sizes, default=0) < x["value"].size
+
+
+def test_int8_is_the_scaled_integer():
+    """Attention on (int8, scale) leaves is attention on scale · int8."""
+    draw = np.random.default_rng(3)
+    x = {name: jnp.asarray(leaf) for name, leaf in arrays().items()}
+    whole = {n: draw.integers(-127, 128, x[n].shape).astype(np.int8) for n in ("key", "value")}
+    scales = {n: draw.uniform(0.005, 0.02, (B, K, S)).astype(np.float32) for n in ("key", "value")}
+    options: dict[str, Any] = {
+        "query_positions": jnp.asarray(QUERIES),
+        "key_positions": jnp.asarray(POSITIONS[:, None]),
+        "sink_query": x["query"] + 1,
+        "num_sink_slots": 2,
+        "normalizer": normalizers.Softmax1(),
+        "scale": 0.4,
+    }
+    wide = {n: jnp.asarray(whole[n] * scales[n][..., None]) for n in whole}
+    want, want_lse = attend(x["query"], **wide, **options)
+    held = {n: jnp.asarray(leaf) for n, leaf in whole.items()}
+    given = {f"{n}_scale": jnp.asarray(scale) for n, scale in scales.items()}
+    out, lse = attend(x["query"], **held, **given, **options)
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(out, want, rtol=0, atol=3e-6)
+    np.testing.assert_allclose(lse, want_lse, rtol=0, atol=3e-6)
+    with pytest.raises(ValueError, match="both"):
+        attend(x["query"], **held, **options)
+    with pytest.raises(ValueError, match="neither"):
+        attend(**x, **given, **options)
+
+
+def test_quantize():
+    """Ties to even, the largest at ±127, zeros at scale 1, and never more than half a step off."""
+    x = np.random.default_rng(4).normal(size=(3, 5, 7)).astype(np.float32)
+    x[0, 1] = 0
+    x[2, 3] = [0.5, 1.5, 2.5, -0.5, -1.5, 127, -3]
+    whole, scale = int8.quantize(jnp.asarray(x))
+    assert whole.dtype == jnp.int8 and scale.shape == (3, 5) and scale[0, 1] == 1
+    np.testing.assert_array_equal(whole[2, 3], [0, 2, 2, 0, -2, 127, -3])
+    np.testing.assert_array_equal(np.abs(whole).max(-1) == 127, np.abs(x).max(-1) > 0)
+    off = np.abs(int8.dequantize(whole, scale) - x)
+    assert (off <= 0.5001 * scale[..., None]).all() and off.max() > 0
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_step_writes_then_attends(quantised):
+    """Against a write by hand; outside the cache, on either side, nothing is written."""
+    draw = np.random.default_rng(5).normal
+    x = arrays()
+    new: dict[str, Any] = {"key": draw(size=(2, 1, K, H)), "value": draw(size=(2, 1, K, V))}
+    new |= {n: leaf.astype(np.float32) for n, leaf in new.items()}
+    options: dict[str, Any] = {
+        "query_positions": jnp.asarray(QUERIES[:, :1]),
+        "key_positions": jnp.asarray(POSITIONS[:, None]),
+        "window": 9,
+        "normalizer": normalizers.Softmax(),
+        "scale": 0.4,
+    }
+    held: dict[str, Any] = {n: x[n] for n in ("key", "value")}
+    if quantised:
+        for n in ("key", "value"):
+            held[n], held[f"{n}_scale"] = int8.quantize(jnp.asarray(x[n]))
+            new[f"{n}_scale"] = int8.quantize(jnp.asarray(new[n]))[1]
+    for slots in [(5, 0), (-1, 3), (S, S + 1)]:
+        want = {n: np.array(leaf) for n, leaf in held.items()}
+        for b, slot in enumerate(slots):
+            if 0 <= slot < S:
+                for n, leaf in want.items():
+                    token = new[n]
+                    if leaf.dtype == np.int8:
+                        token = int8.quantize(jnp.asarray(token))[0]
+                    leaf[b, :, slot] = token[b, 0]
+        want = {n: jnp.asarray(leaf) for n, leaf in want.items()}
+        query = jnp.asarray(x["query"][:, :1])
+        step = decode.decode_step(
+            query, jnp.asarray(new["key"]), jnp.asarray(new["value"]),
+            **{n: jnp.asarray(leaf) for n, leaf in held.items()}, slots=jnp.array(slots), **options,
+        )  # fmt: skip
+        for n, leaf in want.items():
+            np.testing.assert_array_equal(getattr(step, n), leaf, err_msg=f"{n} {slots}")
+        out, lse = attend(query, **want, **options)
+        np.testing.assert_allclose(step.out, out, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(step.lse, lse, rtol=0, atol=1e-6)

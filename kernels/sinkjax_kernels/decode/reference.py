@@ -1,14 +1,28 @@
 """The specification of decode attention: dense over the cache, and never transposes it."""
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from sinkjax_kernels import normalizers
+from sinkjax_kernels.decode import int8
 
 _EXACT = jax.lax.Precision.HIGHEST
+
+
+class Step(NamedTuple):
+    """What one token gives: the output and the log-sum-exp of attention, and the cache with the token."""
+
+    # `Any`: tree transformations put all sorts of things in the place of arrays.
+    out: Any
+    lse: Any
+    key: Any
+    value: Any
+    key_scale: Any = None
+    value_scale: Any = None
 
 
 def visible(
@@ -29,8 +43,8 @@ def visible(
 
 def decode_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S Hv"],
+    key: Float[Array, "B K S H"] | Int8[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"] | Int8[Array, "B K S Hv"],
     *,
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B #K S"],
@@ -44,6 +58,8 @@ def decode_attention(
     normalizer_params: Mapping[str, Array] | None = None,
     scale: float,
     logits_soft_cap: float | None = None,
+    key_scale: Float[Array, "B K S"] | None = None,
+    value_scale: Float[Array, "B K S"] | None = None,
 ) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
     r"""$o_t = \sum_j w_{tj} v_j$, $x_{tj} = \langle q^{sink}_t, k_j \rangle$ for the first slots.
 
@@ -62,6 +78,7 @@ def decode_attention(
         bias: added to the logits after scale and soft cap; S counts slots, as they lie.
         sinks: sink logits per query head, or per token and head; neither scaled nor capped.
         normalizer_params: learned leaves, added to the constants of the normaliser; [N] each.
+        key_scale, value_scale: with int8 leaves, what each slot is multiplied with; both or neither.
 
     Returns:
         the output in the query's dtype, exactly 0 where nothing is visible, and the log-sum-exp
@@ -73,7 +90,9 @@ def decode_attention(
     B, T, N, H = query.shape
     K = key.shape[1]
     G = N // K
+    check_scales(key, value, key_scale, value_scale)
     dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
+    key, value = int8.dequantize(key, key_scale), int8.dequantize(value, value_scale)
 
     def scores(q, k):
         q = q.reshape(B, T, K, G, H)
@@ -118,3 +137,79 @@ def decode_attention(
     )
     out = out.reshape(B, T, N, value.shape[-1]).astype(query.dtype)
     return out, None if lse is None else lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def decode_step(
+    query: Float[Array, "B 1 N H"],
+    new_key: Float[Array, "B 1 K H"],
+    new_value: Float[Array, "B 1 K Hv"],
+    key: Float[Array, "B K S H"] | Int8[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"] | Int8[Array, "B K S Hv"],
+    *,
+    slots: Int[Array, " B"],
+    query_positions: Int[Array, "B 1"],
+    key_positions: Int[Array, "B #K S"],
+    key_scale: Float[Array, "B K S"] | None = None,
+    value_scale: Float[Array, "B K S"] | None = None,
+    **options: Any,
+) -> Step:
+    """Write one token per row into the cache, then attend to what the cache holds.
+
+    Args:
+        query: rotated at its own position.
+        new_key, new_value: of the token; the key rotated as it is to be stored.
+        key, value: cache leaves before the token.
+        slots: where the token of each row goes; anything outside 0 … S − 1 (−1 say) writes nothing.
+        key_positions: per slot, the position of the new token already among them.
+        key_scale, value_scale: with int8 leaves: the token is quantised per head by `int8.quantize`,
+            and attention sees what was written.
+        options: of `decode_attention`.
+    """
+    B, _, K, H = new_key.shape
+    if key.shape[:2] != (B, K) or key.shape[3] != H or value.shape[3] != new_value.shape[3]:
+        raise ValueError(
+            "new_key, new_value: expected the heads and sizes of the leaves "
+            f"{list(key.shape)}, {list(value.shape)}, got {list(new_key.shape)}, "
+            f"{list(new_value.shape)}"
+        )
+    check_scales(key, value, key_scale, value_scale)
+    slots = jnp.where(slots < 0, key.shape[2], slots)  # a negative index would count from the end
+
+    def write(leaf, new):
+        at = leaf.at[jnp.arange(B), :, slots]
+        return at.set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+
+    new_key, new_value = new_key[:, 0], new_value[:, 0]
+    if key_scale is not None and value_scale is not None:
+        new_key, new_key_scale = int8.quantize(new_key)
+        new_value, new_value_scale = int8.quantize(new_value)
+        key_scale = write(key_scale, new_key_scale)
+        value_scale = write(value_scale, new_value_scale)
+    key, value = write(key, new_key), write(value, new_value)
+    out, lse = decode_attention(
+        query,
+        key,
+        value,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        key_scale=key_scale,
+        value_scale=value_scale,
+        **options,
+    )
+    return Step(out, lse, key, value, key_scale, value_scale)
+
+
+def check_scales(key, value, key_scale, value_scale) -> None:
+    """Raises unless both leaves are int8 and have scales, or neither is and has.
+
+    Raises:
+        ValueError: names dtypes and what was given.
+    """
+    kinds = {x.dtype == jnp.int8 for x in (key, value)}
+    given = {scale is not None for scale in (key_scale, value_scale)}
+    if kinds != given or len(kinds) > 1:
+        raise ValueError(
+            "key_scale, value_scale: int8 keys and values need both, others take neither; got leaves of "
+            f"{key.dtype} and {value.dtype} with "
+            f"{[None if s is None else list(s.shape) for s in (key_scale, value_scale)]}"
+        )
