@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from sinkjax_kernels.masks import Visibility
 from sinkjax_kernels.statistics import reference
 from sinkjax_kernels.statistics.reference import AttentionStatistics
+from sinkjax_kernels.varying import as_in
 
 
 def attention_statistics(
@@ -79,7 +80,7 @@ def attention_statistics(
         sums = {name: total[name] + getattr(part, name) for name in per_key}
         return sums, {n: x for n, x in part._asdict().items() if n not in per_key}
 
-    zeros = {name: jnp.zeros((B, N, S), dtype) for name in per_key}
+    zeros = as_in({name: jnp.zeros((B, N, S), dtype) for name in per_key}, (query, key))
     sums, row_blocks = jax.lax.scan(step, zeros, jnp.arange(blocks))
     per_row = {
         name: jnp.moveaxis(x, 0, 2).reshape(B, N, rows)[..., :T] for name, x in row_blocks.items()
