@@ -250,7 +250,7 @@ def build(
     else:
         positions_k = index = jnp.arange(S, dtype=jnp.int32)[None, None]
         if segments_k is not None:
-            index = _index_within_segment(segments_k)[:, None]
+            index = index_within_segment(segments_k)[:, None]
     # With segments, given positions decide instead of the index that kernels could count.
     by_position = bool(num_sink_tokens) and segments_k is not None and key_positions is not None
     by_array = is_sink is not None or by_position
@@ -320,7 +320,7 @@ def _lengths(name: str, x, batch: int) -> Array | None:
     return x
 
 
-def _index_within_segment(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
+def index_within_segment(segment_ids: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """Slots since the segment began; a segment is a run of equal ids."""
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1] - 1) != 0

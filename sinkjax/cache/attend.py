@@ -9,12 +9,12 @@ from jaxtyping import Array, Float, Int
 
 from sinkjax.cache import ring
 from sinkjax.cache.state import LayerState, LayerView
-from sinkjax.ops.decode import decode_attention
+from sinkjax.ops.decode import decode_attention, decode_step
 from sinkjax.ops.differential import widen_values
 from sinkjax.ops.positions import distances
 from sinkjax.ops.rope import Rope, rotate
 from sinkjax.ops.slots import Slots, add_slot_values, join_sinks, slot_logits
-from sinkjax_kernels.normalizers import Normalizer
+from sinkjax_kernels.normalizers import Elu, Normalizer, resolve
 
 
 def attend(
@@ -109,14 +109,20 @@ def attend(
 
     def write(old, key, value, faded, *, where=None) -> LayerState:
         return LayerState(
-            ring.write(old.key, index, key, where=where),
-            ring.write(old.value, index, value, where=where),
+            old.key if key is None else ring.write(old.key, index, key, where=where),
+            old.value if value is None else ring.write(old.value, index, value, where=where),
             None if faded is None else ring.write(old.decay, index, -faded, where=where),
         )
 
+    logits = slot_logits(slot_query, slots, scale=scale, logits_soft_cap=logits_soft_cap)
+    competing = logits if slots is not None and slots.competes else None
+    described, joined = join_sinks(normalizer, sinks, competing)
+    # Kernels write the token where it lies. Widened values are a copy, and so are mapped keys.
+    in_place = T == 1 and not differential and not isinstance(resolve(described), Elu)
     if T == 1:
         # The one slot it overwrites holds token t − W, which it no longer sees.
-        state = write(layer_state, key, value, faded)
+        new = (None, None) if in_place else (key, value)
+        state = write(layer_state, *new, faded)
         key_positions = ring.write(layer_state.positions, index, positions)
         keys, values, decay = state.key, state.value, state.decay
     else:
@@ -149,29 +155,28 @@ def attend(
     if differential:
         values = widen_values(values, axis=1)
 
-    logits = slot_logits(slot_query, slots, scale=scale, logits_soft_cap=logits_soft_cap)
-    competing = logits if slots is not None and slots.competes else None
-    described, joined = join_sinks(normalizer, sinks, competing)
-    with_lse = slots is not None and slots.reads_lse
-    results: Any = decode_attention(
-        query,
-        keys,
-        values,
-        query_positions=positions,
-        key_positions=key_positions,
-        sink_query=sink_query,
-        num_sink_slots=0 if sink_query is None else plan.sink_slots,
-        num_sink_tokens=plan.num_sink_tokens,
-        window=plan.window,
-        bias=bias,
-        sinks=joined,
-        normalizer=described,
-        normalizer_params=normalizer_params,
-        scale=scale,
-        logits_soft_cap=logits_soft_cap,
-        return_residual=with_lse,
-    )
-    out, lse = results if with_lse else (results, None)
+    options: dict[str, Any] = {
+        "query_positions": positions,
+        "key_positions": key_positions,
+        "sink_query": sink_query,
+        "num_sink_slots": 0 if sink_query is None else plan.sink_slots,
+        "num_sink_tokens": plan.num_sink_tokens,
+        "window": plan.window,
+        "bias": bias,
+        "sinks": joined,
+        "normalizer": described,
+        "normalizer_params": normalizer_params,
+        "scale": scale,
+        "logits_soft_cap": logits_soft_cap,
+    }
+    if in_place:
+        step = decode_step(query, key, value, keys, values, slots=index[:, 0], **options)
+        out, lse = step.out, step.lse
+        state = dataclasses.replace(state, key=step.key, value=step.value)
+    else:
+        with_lse = slots is not None and slots.reads_lse
+        results: Any = decode_attention(query, keys, values, return_residual=with_lse, **options)
+        out, lse = results if with_lse else (results, None)
     out = add_slot_values(out, slots, logits, lse, where=positions >= 0)
     return jnp.where(refused[..., None, None], jnp.nan, out), state
 

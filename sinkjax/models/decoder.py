@@ -132,8 +132,9 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: [B, T] ids.
-            positions: [B, T] or [T] in tokens, −1 is padding. None: the index in the row, or with
-                a cache the next ones of its clock.
+            positions: [B, T] or [T] in tokens, −1 is padding. None: the index in the row, with
+                segments that in the segment, or with a cache the next ones of its clock. None is
+                also the fastest: kernels know it while tracing.
             segment_ids: [B, T] or [T]; segments of one row do not see each other.
             cache: tokens seen before, from `init_cache`; the result holds the one that follows.
             statistics: also reduce per-layer attention and residual statistics (`Attention`,

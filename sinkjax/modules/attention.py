@@ -105,7 +105,8 @@ class Attention(nnx.Module):
 
         Args:
             x: [B, T, D], normalised by the caller.
-            positions: [B, T] or [T] in tokens, −1 is padding; None is the index in the row.
+            positions: [B, T] or [T] in tokens, −1 is padding; None is the index in the row, with
+                segments that in the segment.
             segment_ids: [B, T] or [T]; tokens of different segments do not see each other.
             cache: the layer's view of a cache (`sinkjax.cache.Cache.layer`); needs positions.
             statistics: also reduce the fields of `AttentionStatistics` and the norms of keys
@@ -201,7 +202,9 @@ class Attention(nnx.Module):
     ) -> tuple[Any, dict[str, Array]]:
         config, slots = self.config, self._slots
         index = jnp.arange(x.shape[1]) if positions is None else positions
-        index = index if index.ndim == 2 else index[None]
+        if positions is None and segment_ids is not None:
+            index = position_ops.index_within_segment(jnp.atleast_2d(segment_ids))
+        index = jnp.atleast_2d(index)
         slot_query = query
         if config.rope is not None:
             query, key = rotate(query, index, config.rope), rotate(key, index, config.rope)

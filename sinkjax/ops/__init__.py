@@ -11,6 +11,7 @@ from sinkjax_kernels import normalizers as normalizers
 
 # Decoding
 from sinkjax.ops.decode import decode_attention as decode_attention
+from sinkjax.ops.decode import decode_step as decode_step
 
 # Position
 from sinkjax.ops.rope import Rope as Rope

@@ -7,66 +7,104 @@ This file checks and normalises the arguments, then hands the call to an impleme
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sinkjax.ops.dispatch import Implementation, Table, choose, dispatch
+from sinkjax.ops.shards import per_shard
 from sinkjax_kernels import masks, normalizers
-from sinkjax_kernels.flash import reference, rows, xla
+from sinkjax_kernels.flash import cudnn, pallas_gpu, pallas_tpu, reference, rows, xla
 from sinkjax_kernels.normalizers import Normalizer
+from sinkjax_kernels.statistics import pallas_gpu as statistics_gpu
+from sinkjax_kernels.statistics import pallas_tpu as statistics_tpu
 from sinkjax_kernels.statistics import reference as statistics_reference
 from sinkjax_kernels.statistics import xla as statistics_xla
 from sinkjax_kernels.statistics.reference import AttentionStatistics
+from sinkjax_kernels.varying import alike
 
 logger = logging.getLogger("sinkjax")
+
+Integers: TypeAlias = Int[Array, "..."] | Int[np.ndarray, "..."]
+"""NumPy arrays are known while tracing."""
 
 DENSE_WARNING_ELEMENTS = 2**26
 """Above this many logits (256 MiB in float32) the dense reference says so once when it runs."""
 
 
-def _dense(*operands, **static):
-    query, key = operands[:2]
+def _dense(query, key, **call):
     elements = query.shape[0] * query.shape[2] * query.shape[1] * key.shape[1]
     if elements > DENSE_WARNING_ELEMENTS and not _dense.told:
         _dense.told = True
         logger.warning("attention: the dense reference makes %d logits at once", elements)
-    return reference.attention(*operands, **static)
+    return reference.attention(query, key, **call)
 
 
 _dense.told = False
 
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Array, Array | None]]] = {
-    "xla": xla.attention,
-    "rows": rows.attention,
-    "reference": _dense,
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "pallas_tpu": Implementation(pallas_tpu.attention, pallas_tpu.check, "tpu"),
+    "pallas_gpu": Implementation(pallas_gpu.attention, pallas_gpu.check, "cuda"),
+    "cudnn": Implementation(cudnn.attention, cudnn.check, "cuda"),
+    "xla": Implementation(xla.attention, xla.check),
+    "rows": Implementation(rows.attention),
+    "reference": Implementation(_dense),
 }
 """By name, in the order in which `implementation=None` tries them."""
+
+STATISTICS: dict[str, Implementation] = {
+    "pallas_tpu": Implementation(statistics_tpu.attention_statistics, statistics_tpu.check, "tpu"),
+    "pallas_gpu": Implementation(statistics_gpu.attention_statistics, statistics_gpu.check, "cuda"),
+    "xla": Implementation(statistics_xla.attention_statistics),
+    "reference": Implementation(statistics_reference.attention_statistics),
+}
+"""The same of `attention_statistics`."""
+
+_LETTERS = {
+    "query": "BTNH",
+    "key": "BSKH",
+    "value": "BSKH",
+    "bias": "BNTS",
+    "mask": "BNTS",
+    "sinks": "N BTN",
+    "lse": "BTN",
+    "normalizer_params": "N",
+    "query_positions": "BT",
+    "key_positions": "BKS",
+    "query_segment_ids": "BT",
+    "key_segment_ids": "BS",
+    "key_is_sink": "BKS",
+    "query_lengths": "B",
+    "key_lengths": "B",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """A checked call: operands with a batch dimension, and what is static."""
+    """A checked call: operands by name, with a batch dimension, and what is static."""
 
-    operands: tuple
-    normalizer: Normalizer
-    normalizer_params: dict[str, Array]
-    scale: float
-    logits_soft_cap: float | None
+    arrays: dict[str, Any]
+    static: dict[str, Any]
     batched: bool
 
     @property
-    def static(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "normalizer": self.normalizer,
-            "scale": self.scale,
-            "logits_soft_cap": self.logits_soft_cap,
-        }
-        if self.normalizer_params:
-            options["normalizer_params"] = self.normalizer_params
-        return options
+    def normalizer(self) -> Normalizer:
+        return self.static["normalizer"]
+
+    def dispatch(self, table: Table, implementation, results) -> Any:
+        """The first implementation that serves the call, on a mesh by each device for its part."""
+        B, _, N, _ = self.arrays["query"].shape
+        sizes = {"B": B, "N": N, "K": self.arrays["key"].shape[2]}
+
+        def run(arrays):
+            return dispatch(table, implementation, alike(arrays), self.static)
+
+        found = per_shard(run, self.arrays, _LETTERS, results, sizes)
+        return found if self.batched else jax.tree.map(lambda x: x[0], found)
 
 
 def dot_product_attention(
@@ -86,10 +124,10 @@ def dot_product_attention(
     sinks: Float[Array, " N"] | Float[Array, "*B T N"] | None = None,
     normalizer: str | Normalizer = "softmax",
     normalizer_params: Mapping[str, Array] | None = None,
-    query_positions: Int[Array, "..."] | None = None,
-    key_positions: Int[Array, "..."] | None = None,
-    query_segment_ids: Int[Array, "..."] | None = None,
-    key_segment_ids: Int[Array, "..."] | None = None,
+    query_positions: Integers | None = None,
+    key_positions: Integers | None = None,
+    query_segment_ids: Integers | None = None,
+    key_segment_ids: Integers | None = None,
     logits_soft_cap: float | None = None,
     return_residual: bool = False,
     implementation: str | Sequence[str] | None = None,
@@ -133,8 +171,10 @@ def dot_product_attention(
         normalizer_params: learned leaves of the normaliser, `[N]` each, added to the constants of
             the description (`normalizers.Normalizer.parameters` names them).
         query_positions, key_positions: `[T]`/`[S]` or `[B, T]`/`[B, S]`, keys also `[B, K, S]`;
-            the index in the buffer by default. A key at −1 is empty.
-        query_segment_ids, key_segment_ids: `[T]`/`[S]` or `[B, T]`/`[B, S]`; given together.
+            the index in the buffer by default. A key at −1 is empty. Consecutive ones are best given as
+            NumPy arrays: kernels that need no other know so while tracing.
+        query_segment_ids, key_segment_ids: `[T]`/`[S]` or `[B, T]`/`[B, S]`; given together, for packed
+            rows as one array. A segment is a run of equal ids: an id does not come back.
         logits_soft_cap: c, logits become c·tanh(logits / c).
         return_residual: also return the log-sum-exp, natural logarithm.
         implementation: a name, several to be tried in order, or None for the best.
@@ -174,53 +214,35 @@ def dot_product_attention(
     )
     if return_residual and not call.normalizer.has_log_sum_exp:
         raise ValueError(f"return_residual: {call.normalizer} has no log-sum-exp to return")
-    results = _first(implementation, lambda run: run(*call.operands, **call.static))
-    if not call.batched:
-        results = jax.tree.map(lambda x: x[0], results)
-    return results if return_residual else results[0]
+    lse = "BTN" if call.normalizer.has_log_sum_exp else None
+    found = call.dispatch(IMPLEMENTATIONS, implementation, ("BTNH", lse))
+    return found if return_residual else found[0]
 
 
-def _first(implementation: str | Sequence[str] | None, attempt: Callable[[Callable], Any]) -> Any:
-    """The result of the first implementation that serves the call."""
-    names = (
-        [implementation]
-        if isinstance(implementation, str)
-        else list(implementation or IMPLEMENTATIONS)
-    )
-    for name in names:
-        if name not in IMPLEMENTATIONS:
-            raise ValueError(
-                f"implementation: expected one of {list(IMPLEMENTATIONS)}, got {name!r}"
-            )
-    reasons = []
-    for name in names:
-        try:
-            return attempt(IMPLEMENTATIONS[name])
-        except NotImplementedError as reason:
-            if len(names) == 1:
-                raise
-            reasons.append(NotImplementedError(f"{name}: {reason}"))
-    raise ExceptionGroup("attention: no implementation serves this call", reasons)
-
-
-def resolve(*args, implementation: str | Sequence[str] | None = None, **kwargs) -> str:
-    """Name of the implementation that `dot_product_attention` would run for these arguments.
+def resolve(
+    *args,
+    implementation: str | Sequence[str] | None = None,
+    platform: str | None = None,
+    **kwargs,
+) -> str:
+    """Name of the implementation that `dot_product_attention` runs for these arguments.
 
     Arguments may be arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Args:
+        platform: what is compiled for, "cpu", "cuda" or "tpu"; the default backend's by default.
     """
+    backend = jax.default_backend()
+    target: str = platform or {"gpu": "cuda"}.get(backend, backend)
     chosen = []
 
-    def attempt(run):
-        chosen[:] = [name for name, known in IMPLEMENTATIONS.items() if known is run]
-        return jax.eval_shape(
-            lambda a, k: dot_product_attention(*a, **k, **options, implementation=chosen[0]),
-            args,
-            arrays,
-        )
+    def trace(args, arrays):
+        call = _check(*args, **arrays, **options)
+        chosen.append(choose(IMPLEMENTATIONS, implementation, target, call.arrays | call.static))
 
-    arrays = {n: x for n, x in kwargs.items() if n not in _STATIC}
     options = {n: x for n, x in kwargs.items() if n in _STATIC}
-    _first(implementation, attempt)
+    options.pop("return_residual", None)
+    jax.eval_shape(trace, args, {n: x for n, x in kwargs.items() if n not in _STATIC})
     return chosen[0]
 
 
@@ -236,8 +258,8 @@ def attention_weights(query, key, bias=None, mask=None, **options) -> Float[Arra
     Takes the same arguments, without value, `return_residual` and `implementation`; float32 at least.
     """
     call = _check(query, key, key, bias, mask, **options)
-    query, key, _, *rest = call.operands
-    weights, _ = reference.attention_weights(query, key, *rest, **call.static)
+    operands: dict[str, Any] = {n: x for n, x in call.arrays.items() if n != "value"}
+    weights, _ = reference.attention_weights(**operands, **call.static)
     return weights if call.batched else weights[0]
 
 
@@ -250,22 +272,20 @@ def attention_statistics(
     gradients are stopped, as these are measurements.
 
     Args:
-        lse: the residual of the forward pass, where at hand; spares computing it again.
-        implementation: "xla" (memory linear in S, the default) or "reference" (dense).
+        lse: the residual of the forward pass, where at hand: spares computing it again, and kernels
+            need it.
+        implementation: a name in `STATISTICS`, several to be tried in order, or None for the best.
 
     Returns:
         `AttentionStatistics`: `[B, N, S]` per key and `[B, N, T]` per query.
     """
-    kinds = {"xla": statistics_xla, "reference": statistics_reference}
-    if implementation is not None and implementation not in kinds:
-        raise ValueError(f"implementation: expected one of {list(kinds)}, got {implementation!r}")
     call = _check(query, key, key, bias, mask, **options)
-    query, key, _, *rest = jax.lax.stop_gradient(call.operands)
+    arrays = {name: x for name, x in call.arrays.items() if name != "value"}
     if lse is not None:
-        lse = jax.lax.stop_gradient(lse if call.batched else lse[None])
-    run = kinds[implementation or "xla"].attention_statistics
-    result = run(query, key, *rest, lse, **call.static)
-    return result if call.batched else jax.tree.map(lambda x: x[0], result)
+        arrays["lse"] = lse if call.batched else lse[None]
+    call = dataclasses.replace(call, arrays=jax.lax.stop_gradient(arrays))
+    letters: Any = ["BNS"] * 3 + ["BNT"] * 4
+    return call.dispatch(STATISTICS, implementation, AttentionStatistics(*letters))
 
 
 def _check(
@@ -352,14 +372,17 @@ def _check(
     )
     if isinstance(scale, jax.Array):  # a learned scale goes into the query, to be differentiated
         query, scale = query * scale.astype(query.dtype), 1.0
-    return _Call(
-        operands=(query, key, value, bias, mask, visibility, sinks),
-        normalizer=described,
-        normalizer_params=params,
-        scale=1 / math.sqrt(H) if scale is None else float(scale),
-        logits_soft_cap=logits_soft_cap,
-        batched=batched,
+    arrays: dict[str, Any] = dict(
+        query=query, key=key, value=value, bias=bias, mask=mask, visibility=visibility, sinks=sinks
     )
+    if params:
+        arrays["normalizer_params"] = params
+    static: dict[str, Any] = {
+        "normalizer": described,
+        "scale": 1 / math.sqrt(H) if scale is None else float(scale),
+        "logits_soft_cap": logits_soft_cap,
+    }
+    return _Call(arrays, static, batched)
 
 
 def check_params(

@@ -3,20 +3,52 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from sinkjax.ops.attention import check_params
-from sinkjax_kernels import decode, normalizers
+from sinkjax.ops.dispatch import Implementation, dispatch
+from sinkjax.ops.shards import per_shard
+from sinkjax_kernels import normalizers
+from sinkjax_kernels.decode import pallas_gpu, pallas_tpu, reference
+from sinkjax_kernels.decode.reference import Step
+from sinkjax_kernels.varying import alike
 
-_KERNELS = {"reference": decode.decode_attention}
-_PREFERENCE = ("reference",)
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "pallas_tpu": Implementation(pallas_tpu.decode_attention, pallas_tpu.check, "tpu"),
+    "pallas_gpu": Implementation(pallas_gpu.decode_attention, pallas_gpu.check, "cuda"),
+    "reference": Implementation(reference.decode_attention),
+}
+"""By name, in the order in which `implementation=None` tries them."""
+
+STEPS: dict[str, Implementation] = {
+    "pallas_tpu": Implementation(pallas_tpu.decode_step, pallas_tpu.check, "tpu"),
+    "pallas_gpu": Implementation(pallas_gpu.decode_step, pallas_gpu.check, "cuda"),
+    "reference": Implementation(reference.decode_step),
+}
+"""The same of `decode_step`."""
+
+_LETTERS = {
+    "query": "BTNH",
+    "sink_query": "BTNH",
+    "new_key": "BTKH",
+    "new_value": "BTKH",
+    "key": "BKSH",
+    "value": "BKSH",
+    "key_scale": "BKS",
+    "value_scale": "BKS",
+    "slots": "B",
+    "query_positions": "BT",
+    "key_positions": "BKS",
+    "bias": "BNTS",
+    "sinks": "N BTN",
+    "normalizer_params": "N",
+}
 
 
 def decode_attention(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K S H"],
-    value: Float[Array, "B K S Hv"],
+    key: Float[Array, "B K S H"] | Int8[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"] | Int8[Array, "B K S Hv"],
     *,
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B S"] | Int[Array, "B K S"],
@@ -30,6 +62,8 @@ def decode_attention(
     normalizer_params: Mapping[str, Array] | None = None,
     scale: float | None = None,
     logits_soft_cap: float | None = None,
+    key_scale: Float[Array, "B K S"] | None = None,
+    value_scale: Float[Array, "B K S"] | None = None,
     return_residual: bool = False,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
@@ -56,6 +90,7 @@ def decode_attention(
         normalizer_params: learned leaves of the normaliser, one number per query head.
         scale: of the logits; None is 1/√H.
         logits_soft_cap: c in c·tanh(x/c), after the scale.
+        key_scale, value_scale: of int8 leaves, what each slot is multiplied with.
         return_residual: also return the log-sum-exp, sink included.
         implementation: a name, or names in order of preference; None chooses.
 
@@ -70,6 +105,92 @@ def decode_attention(
 
     Source: `sinkjax_kernels.decode`, held to its `reference.py`.
     """
+    arrays, static = _checked(
+        query, key, value, query_positions, key_positions, sink_query, num_sink_slots,
+        num_sink_tokens, window, bias, sinks, normalizer, normalizer_params, scale, logits_soft_cap,
+    )  # fmt: skip
+    if return_residual and not static["normalizer"].has_log_sum_exp:
+        raise ValueError(f"return_residual: normalizer {static['normalizer']} has no log-sum-exp")
+    arrays["key"] = normalizers.feature_map(static["normalizer"], key)
+    arrays |= {"value": value, "key_scale": key_scale, "value_scale": value_scale}
+    lse = "BTN" if static["normalizer"].has_log_sum_exp else None
+    results = _dispatch(IMPLEMENTATIONS, implementation, arrays, static, ("BTNH", lse))
+    return results if return_residual else results[0]
+
+
+def decode_step(
+    query: Float[Array, "B 1 N H"],
+    new_key: Float[Array, "B 1 K H"],
+    new_value: Float[Array, "B 1 K Hv"],
+    key: Float[Array, "B K S H"] | Int8[Array, "B K S H"],
+    value: Float[Array, "B K S Hv"] | Int8[Array, "B K S Hv"],
+    *,
+    slots: Int[Array, " B"],
+    query_positions: Int[Array, "B 1"],
+    key_positions: Int[Array, "B S"] | Int[Array, "B K S"],
+    sink_query: Float[Array, "B 1 N H"] | None = None,
+    num_sink_slots: int = 0,
+    num_sink_tokens: int = 0,
+    window: int | None = None,
+    bias: Float[Array, "#B #N 1 #S"] | None = None,
+    sinks: Float[Array, " N"] | Float[Array, "B 1 N"] | None = None,
+    normalizer: str | normalizers.Normalizer = "softmax",
+    normalizer_params: Mapping[str, Array] | None = None,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    key_scale: Float[Array, "B K S"] | None = None,
+    value_scale: Float[Array, "B K S"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Step:
+    """`decode_attention` of one token per row that is written into the cache first.
+
+    Kernels write it where it lies: donate the leaves to the compiled step. Why one function: XLA would
+    copy a leaf that is written by one operation and read by a kernel as another buffer.
+
+    Args:
+        new_key, new_value: of the token; int8 leaves take it quantised, with a scale per head.
+        slots: where it goes; outside the cache, −1 say, it is not written.
+        key_positions: those after the step.
+
+    Returns:
+        output, log-sum-exp or None, and the leaves after the step.
+
+    Raises:
+        NotImplementedError: also for `elu`, whose keys go through a feature map.
+
+    Source: `sinkjax_kernels.decode`, held to its `reference.py`.
+    """
+    arrays, static = _checked(
+        query, key, value, query_positions, key_positions, sink_query, num_sink_slots,
+        num_sink_tokens, window, bias, sinks, normalizer, normalizer_params, scale, logits_soft_cap,
+    )  # fmt: skip
+    if isinstance(static["normalizer"], normalizers.Elu):
+        raise NotImplementedError("decode_step: elu maps its keys; write, then `decode_attention`")
+    arrays |= {"new_key": new_key, "new_value": new_value, "slots": slots}
+    arrays |= {"key": key, "value": value, "key_scale": key_scale, "value_scale": value_scale}
+    scales = None if key_scale is None else "BKS"
+    lse = "BTN" if static["normalizer"].has_log_sum_exp else None
+    letters: Any = ("BTNH", lse, "BKSH", "BKSH", scales, scales)
+    return _dispatch(STEPS, implementation, arrays, static, Step(*letters))
+
+
+def _dispatch(table, implementation, arrays, static, results):
+    """The first implementation that serves the call, on a mesh by each device for its part."""
+    B, _, N, _ = arrays["query"].shape
+
+    def run(arrays):
+        return dispatch(table, implementation, alike(arrays), static)
+
+    # Key heads that do not divide stay whole: to repeat them would copy the cache.
+    sizes = {"B": B, "N": N, "K": arrays["key"].shape[1]}
+    return per_shard(run, arrays, _LETTERS, results, sizes, may_repeat=False)
+
+
+def _checked(
+    query, key, value, query_positions, key_positions, sink_query, num_sink_slots, num_sink_tokens,
+    window, bias, sinks, normalizer, normalizer_params, scale, logits_soft_cap,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """Everything but the leaves, as arrays and what is static."""
     description = normalizers.resolve(normalizer)
     B, T, N, H = query.shape
     K, S = key.shape[1:3]
@@ -97,59 +218,18 @@ def decode_attention(
         )
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(f"logits_soft_cap: expected more than 0, got {logits_soft_cap}")
-    if return_residual and not description.has_log_sum_exp:
-        raise ValueError(f"return_residual: normalizer {description} has no log-sum-exp")
     params = check_params(description, normalizer_params, N)
-    query, key = (normalizers.feature_map(description, x) for x in (query, key))
+    query = normalizers.feature_map(description, query)
     if sink_query is not None:
         sink_query = normalizers.feature_map(description, sink_query)
-    if key_positions.ndim == 2:
-        key_positions = key_positions[:, None]
-    results: Any = _dispatch(implementation)(
-        query,
-        key,
-        value,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        sink_query=sink_query,
-        num_sink_slots=num_sink_slots,
-        num_sink_tokens=num_sink_tokens,
-        window=window,
-        bias=bias,
-        sinks=sinks,
-        normalizer=description,
-        normalizer_params=params,
-        scale=H**-0.5 if scale is None else scale,
-        logits_soft_cap=logits_soft_cap,
-    )
-    return results if return_residual else results[0]
-
-
-def _dispatch(implementation: str | Sequence[str] | None):
-    """The kernels in order of preference, as one function that falls through the unable ones."""
-    names = (
-        _PREFERENCE
-        if implementation is None
-        else (implementation,)
-        if isinstance(implementation, str)
-        else tuple(implementation)
-    )
-    unknown = [name for name in names if name not in _KERNELS]
-    if unknown or not names:
-        raise ValueError(
-            f"implementation: expected one of {', '.join(_KERNELS)} or several of them, "
-            f"got {implementation!r}"
-        )
-
-    def call(*args, **options) -> tuple[jax.Array, jax.Array | None]:
-        reasons: list[Exception] = []
-        for name in names:
-            try:
-                return _KERNELS[name](*args, **options)
-            except NotImplementedError as reason:
-                reasons.append(reason)
-        if len(reasons) == 1:
-            raise reasons[0]
-        raise ExceptionGroup(f"decode_attention: none of {', '.join(names)} can serve it", reasons)
-
-    return call
+    arrays = {
+        "query": query, "query_positions": query_positions, "sink_query": sink_query,
+        "key_positions": key_positions[:, None] if key_positions.ndim == 2 else key_positions,
+        "bias": bias, "sinks": sinks, "normalizer_params": params,
+    }  # fmt: skip
+    static = {
+        "num_sink_slots": num_sink_slots, "num_sink_tokens": num_sink_tokens, "window": window,
+        "normalizer": description, "scale": H**-0.5 if scale is None else scale,
+        "logits_soft_cap": logits_soft_cap,
+    }  # fmt: skip
+    return arrays, static

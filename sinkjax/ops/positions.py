@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sinkjax import sharding
+from sinkjax_kernels.masks import index_within_segment as index_within_segment
 
 
 def distances(

@@ -198,7 +198,6 @@ def _apply(
 ) -> Any:
     return from_parameters(config, params)(
         batch["tokens"],
-        positions=batch["positions"],
         segment_ids=batch["segment_ids"],
         statistics=statistics,
         penalties=penalties,

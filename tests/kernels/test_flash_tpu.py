@@ -6,6 +6,7 @@ Conformance cases have one block; the cases here have several, where windows beg
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import pathlib
 import sys
@@ -21,6 +22,7 @@ from sinkjax._compat import enable_x64
 from sinkjax_kernels import masks, normalizers
 from sinkjax_kernels.cases import CASES, case
 from sinkjax_kernels.flash import pallas_tpu, reference
+from sinkjax_kernels.flash import tpu_tiles as tiles
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
 from sinkjax_kernels.flash.tpu_blocks import BLOCKS, Blocks
 
@@ -43,7 +45,8 @@ WIDE = Blocks(
 STATIC = {"normalizer": normalizers.Softmax(), "scale": 0.3, "logits_soft_cap": None}
 
 _SERVED = {
-    "normalizer": ("softmax", "softmax1", "softmax_n(n=2.5)")
+    "normalizer": ("softmax", "softmax1", "softmax_n(n=2.5)", "sigmoid(bias=-2.0)", "softpick")
+    + ("relu(divisor=3.0)", "relu_softmax")
     + tuple(("softmax", s) for s in conformance.SINK_LOGITS),
     "heads": conformance.OPTIONS["heads"],
     "mask": ("causal", "window 1", "window 4", "window > S"),
@@ -69,13 +72,18 @@ def some(items, every: int):
 
 @pytest.mark.parametrize("case", some(ONE_BLOCK, 15))
 def test_conformance(case):
-    known = ranges_of(case.operands[5])
-    conformance.check(functools.partial(pallas_tpu.attention, ranges=known, interpret=True), case)
+    conformance.check(functools.partial(pallas_tpu.attention, interpret=True), case)
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Several query blocks of 256; sizes are pairwise distinct."""
+    """Several query blocks of 256; sizes are pairwise distinct.
+
+    Args:
+        normalizer: a name, with sink logits beside it where it takes some and `sinks` says so.
+        offset: keys before the first query.
+        segments: lengths of the segments of each row; rows are filled up with padding, id 0.
+    """
 
     T: int
     window: int | None = None
@@ -85,15 +93,26 @@ class Problem:
     value_dim: int = 24
     more_keys: int = 0
     soft_cap: float | None = None
+    normalizer: str = "softmax"
     sinks: bool = True
     dtype: str = "float32"
     batch: int = 1
+    offset: int = 0
+    segments: tuple[tuple[int, ...], ...] | None = None
     blocks: Blocks = SMALL
+
+    def __str__(self) -> str:
+        plain = {f.name: f.default for f in dataclasses.fields(self)} | {"blocks": SMALL}
+        told = {name: x for name, x in vars(self).items() if name in plain and x != plain[name]}
+        told = {name: len(x) if name == "segments" else x for name, x in told.items()}
+        if "blocks" in told:
+            told["blocks"] = "wide" if self.blocks.wide_matmuls else "other"
+        return "-".join(f"{name}={x}" for name, x in told.items()).replace(" ", "")
 
     @functools.cached_property
     def operands(self) -> dict[str, np.ndarray]:
         rng = np.random.default_rng(0)
-        (N, K), B, S = self.heads, self.batch, self.T + self.more_keys
+        (N, K), B, S = self.heads, self.batch, self.offset + self.T + self.more_keys
 
         def draw(*shape):
             return np.asarray(jnp.asarray(rng.normal(size=shape), self.dtype))
@@ -103,18 +122,35 @@ class Problem:
             "key": draw(B, S, K, self.head_dim),
             "value": draw(B, S, K, self.value_dim),
         }
-        if self.sinks:
+        if self.sinks and self.described.takes_sinks:
             operands["sinks"] = rng.normal(size=N).astype(np.float32)
         return operands
 
     @property
+    def described(self) -> normalizers.Normalizer:
+        return normalizers.resolve(self.normalizer)
+
+    @property
+    def segment_ids(self) -> np.ndarray | None:
+        if self.segments is None:
+            return None
+        ids = np.zeros((len(self.segments), self.T), np.int32)
+        for row, lengths in zip(ids, self.segments, strict=True):
+            row[: sum(lengths)] = np.repeat(np.arange(len(lengths)) * 5 % 11 + 1, lengths)
+        return ids
+
+    @property
     def visibility(self) -> masks.Visibility:
-        S = self.T + self.more_keys
+        S = self.offset + self.T + self.more_keys
+        ids = self.segment_ids
         return masks.build(
             (self.batch, self.T, S, self.heads[1]),
             is_causal=True,
             local_window_size=None if self.window is None else (self.window - 1, 0),
             num_sink_tokens=self.sink_tokens,
+            query_positions=np.arange(self.T) + self.offset if self.offset else None,
+            query_segment_ids=ids,
+            key_segment_ids=ids,
         )
 
     def results(self, attention, operands, **options) -> dict[str, jax.Array]:
@@ -124,27 +160,23 @@ class Problem:
         visibility = self.visibility
         d_out = rng.normal(size=(B, self.T, N, self.value_dim))
         d_lse = rng.normal(size=(B, self.T, N))
-        static = STATIC | {"logits_soft_cap": self.soft_cap}
+        static = STATIC | {"logits_soft_cap": self.soft_cap, "normalizer": self.described}
 
         def loss(leaves):
             out, lse = attention(
                 leaves["query"], leaves["key"], leaves["value"], None, None, visibility,
                 leaves.get("sinks"), **static, **options,
             )  # fmt: skip
-            return (out * d_out).sum() + (lse * d_lse).sum(), (out, lse)
+            total = (out * d_out).sum()
+            return total if lse is None else total + (lse * d_lse).sum(), (out, lse)
 
         grads, (out, lse) = jax.jit(jax.grad(loss, has_aux=True))(operands)
-        return {"out": out, "lse": lse} | {f"d_{name}": g for name, g in grads.items()}
+        found = {"out": out} | {f"d_{name}": g for name, g in grads.items()}
+        return found if lse is None else found | {"lse": lse}
 
     def check(self, interpret=True) -> None:
-        known = ranges_of(self.visibility)
-        got = self.results(
-            pallas_tpu.attention,
-            self.operands,
-            ranges=known,
-            blocks=self.blocks,
-            interpret=interpret,
-        )
+        options = {"blocks": self.blocks, "interpret": interpret}
+        got = self.results(pallas_tpu.attention, self.operands, **options)
         with enable_x64():
             wide = {name: jnp.asarray(x, "float64") for name, x in self.operands.items()}
             want = {
@@ -155,10 +187,14 @@ class Problem:
             conformance.assert_close(name, x, want[name], self.dtype)
 
 
+MANY = (3, 40, 200, 1, 2, 5, 90, 17)  # several segments in a block, some shorter than their sinks
 PROBLEMS = [
-    Problem(701, window=200, sink_tokens=5, more_keys=9),  # a ramp, whole windows, a cut block
+    # One program has a ramp, whole windows, a cut block, and segments, several of them in a block.
+    Problem(701, window=200, sink_tokens=5, segments=(MANY, (290, 400)), batch=2),
     Problem(523, blocks=WIDE),  # causal: the loop and the diagonal
-    Problem(901, window=600, sink_tokens=5),  # the loop from the edge of the window on
+    Problem(901, window=600, sink_tokens=5, normalizer="softpick"),  # the loop from the window on
+    Problem(701, window=200, sink_tokens=5, more_keys=9),
+    Problem(901, window=600, sink_tokens=5),
     Problem(300, window=130, sink_tokens=7, heads=(2, 2), soft_cap=2.0),
     Problem(701, window=1, sink_tokens=3, sinks=False),
     Problem(601, window=129, sink_tokens=17, heads=(3, 1), dtype="bfloat16", batch=2),
@@ -173,15 +209,67 @@ PROBLEMS = [
     Problem(701, window=200, sink_tokens=5, blocks=WIDE),
     Problem(1030, window=600, sink_tokens=128, value_dim=192, blocks=WIDE),
     Problem(1100, window=513, sink_tokens=4, heads=(2, 1), blocks=WIDE),
-]
+    *(
+        Problem(T, window=window, sink_tokens=tokens, normalizer=name, heads=(2, 1), **more)
+        for name in ("sigmoid(bias=-2.0)", "relu(divisor=3.0)", "softpick", "relu_softmax")
+        for T, window, tokens, more in (
+            (523, None, 0, {"soft_cap": 1.5}),
+            (701, 200, 5, {"blocks": WIDE}),
+            (901, 600, 5, {"dtype": "bfloat16"}),
+            (401, 150, 3, {"segments": ((30, 250, 100),)}),
+        )
+    ),
+    Problem(523, segments=(MANY, (290, 233)), batch=2),  # causal in each segment: the loop
+    Problem(523, segments=((500, 20),), blocks=WIDE, dtype="bfloat16"),
+    Problem(901, window=600, sink_tokens=5, segments=((700, 150),), sinks=False),
+    Problem(1100, window=600, sink_tokens=7, segments=((1, 1000, 60),), heads=(2, 2)),
+    Problem(701, window=20, sink_tokens=3, segments=(MANY,), heads=(2, 2)),  # many windows a block
+    Problem(640, window=150, segments=((256, 300),)),
+    Problem(701, window=200, sink_tokens=128, segments=((400, 301),)),
+    Problem(701, window=200, sink_tokens=5, segments=(MANY,), heads=(4, 1)),
+    Problem(401, window=100, sink_tokens=5, offset=333, more_keys=7),
+    Problem(390, window=100, sink_tokens=5, offset=70),
+    Problem(390, window=600, sink_tokens=5, offset=700, heads=(2, 1)),
+    Problem(390, offset=300, heads=(2, 1)),
+    Problem(390, offset=300, blocks=WIDE, dtype="bfloat16", normalizer="softpick"),
+    Problem(390, offset=299, normalizer="sigmoid(bias=-2.0)"),
+    Problem(701, window=100, sink_tokens=5, heads=(8, 2)),  # all heads of a group in a step
+    Problem(701, window=130, heads=(12, 2), blocks=WIDE),  # three of six
+    Problem(500, window=129, sink_tokens=2, heads=(6, 2), head_dim=64, sinks=False),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "problem", [*PROBLEMS[:3], *(pytest.param(p, marks=pytest.mark.slow) for p in PROBLEMS[3:])],
-    ids=lambda p: f"T{p.T}-W{p.window}-P{p.sink_tokens}-{p.dtype}" + "-wide" * p.blocks.wide_matmuls,
+    ids=str,
 )  # fmt: skip
 def test_several_blocks(problem):
     problem.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "problem",
+    [
+        Problem(1100, blocks=WIDE),
+        Problem(901, window=600, sink_tokens=5, segments=((700, 150),), normalizer="softpick"),
+        Problem(390, window=600, sink_tokens=5, offset=700, heads=(2, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "interpret", [True, pltpu.InterpretParams(detect_races=True)], ids=["", "races"]
+)
+def test_keys_that_do_not_fit_are_streamed(problem, interpret, monkeypatch, capfd):
+    monkeypatch.setattr(tiles, "VMEM_BYTES", 1000)
+    run = functools.partial(pallas_tpu.attention, blocks=problem.blocks, interpret=interpret)
+    arrays = {name: jnp.asarray(x) for name, x in problem.operands.items()}
+    q, k, v, s = (arrays.get(name) for name in ("query", "key", "value", "sinks"))
+    static = STATIC | {"normalizer": problem.described}
+    got, _ = jax.jit(lambda: run(q, k, v, None, None, problem.visibility, s, **static))()
+    want, _ = reference.attention(q, k, v, None, None, problem.visibility, s, **static)
+    conformance.assert_close("out", got, want, "float32")
+    assert "RACE" not in capfd.readouterr().out
 
 
 NARROW = Problem(384, window=100, sink_tokens=3, heads=(2, 1), head_dim=8, value_dim=8)
@@ -211,14 +299,11 @@ def test_visited_blocks_double_with_the_length():
         params = pltpu.InterpretParams(grid_point_recorder=record)
         problem = dataclasses.replace(NARROW, T=T)
         tiny = Blocks(query=128, rows=128, keys=128, query_backward=128, rows_backward=128)
-        problem.results(
-            pallas_tpu.attention, problem.operands, ranges=Ranges(100, 3), blocks=tiny,
-            interpret=params,
-        )  # fmt: skip
+        problem.results(pallas_tpu.attention, problem.operands, blocks=tiny, interpret=params)
         return len(points), len(set(points))
 
-    assert visited(256) == (2 * 2 * 2, 2 * 2)  # passes × heads × blocks
-    assert visited(512) == (2 * 2 * 4, 2 * 4)
+    assert visited(256) == (2 * 2, 2)  # passes × blocks: the two heads share a step
+    assert visited(512) == (2 * 4, 4)
 
 
 @pytest.mark.slow
@@ -228,8 +313,8 @@ def test_under_vmap_and_remat():
 
     def run(query, key, value, sinks):
         return pallas_tpu.attention(
-            query, key, value, None, None, None, sinks,
-            **STATIC, ranges=Ranges(100, 3), blocks=SMALL, interpret=True,
+            query, key, value, None, None, problem.visibility, sinks,
+            **STATIC, blocks=SMALL, interpret=True,
         )[0]  # fmt: skip
 
     def slopes(run):
@@ -249,17 +334,45 @@ def test_no_square_and_no_table():
     T, H = long.length, long.head_dim
     shape = jax.ShapeDtypeStruct((1, T, 2, H), jnp.bfloat16)
 
-    def loss(query, key, value):
-        out, _ = pallas_tpu.attention(
-            query, key, value, None, None, None, None, **STATIC, ranges=long.ranges
-        )
+    def loss(query, key, value, ids):
+        window = {"local_window_size": (long.window - 1, 0), "num_sink_tokens": 4}
+        segments = {} if ids is None else {"query_segment_ids": ids, "key_segment_ids": ids}
+        mask = masks.build((1, T, T, 2), is_causal=True, **window, **segments)
+        out, _ = pallas_tpu.attention(query, key, value, None, None, mask, None, **STATIC)
         return out.sum()
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(shape, shape, shape)
-    calls = {e.primitive.name for e in jaxpr.jaxpr.eqns}
-    assert "pallas_call" in calls
-    sizes = [v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars]
-    assert max(sizes) == T * 2 * H
+    for ids in (None, jax.ShapeDtypeStruct((T,), jnp.int32)):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(shape, shape, shape, ids)
+        calls = {e.primitive.name for e in jaxpr.jaxpr.eqns}
+        assert "pallas_call" in calls
+        sizes = [v.aval.size for e in jaxpr.jaxpr.eqns for v in e.outvars]
+        assert max(sizes) == T * 2 * H
+
+
+def test_queries_at_an_offset_cost_what_they_are():
+    """A chunk of 1,024 queries at key 100,000: no more blocks than two, and no more keys than they see."""
+    T, offset = 1024, 100_000
+    key = jax.ShapeDtypeStruct((1, offset + T, 2, 128), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((1, T, 2, 128), jnp.bfloat16)
+    mask = masks.build(
+        (1, T, offset + T, 2), is_causal=True, local_window_size=(1023, 0), num_sink_tokens=4,
+        query_positions=np.arange(T) + offset,
+    )  # fmt: skip
+
+    def run(query, key):
+        return pallas_tpu.attention(query, key, key, None, None, mask, None, **STATIC)[0]
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for param in equation.params.values():
+                inner = getattr(param, "jaxpr", param)
+                yield from equations(inner) if hasattr(inner, "eqns") else ()
+
+    every = equations(jax.make_jaxpr(run)(query, key).jaxpr)
+    call = next(e for e in every if e.primitive.name == "pallas_call")
+    assert math.prod(call.params["grid_mapping"].grid) == 2 * 2
+    assert max(v.aval.shape[2] for v in call.invars if v.aval.ndim == 4) <= 3 * 1024
 
 
 def test_ranges():
@@ -282,40 +395,55 @@ def test_ranges():
 
 
 def test_what_is_not_served_says_why():
-    problem = Problem(13)
-    q, k, v = (jnp.asarray(problem.operands[x]) for x in ("query", "key", "value"))
-    segments = jnp.zeros(13, int)
-    flags = jnp.arange(13) == 5
+    def shape(*sizes, dtype="float32"):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    q, k, v = shape(1, 131, 4, 16), shape(1, 131, 2, 16), shape(1, 131, 2, 24)
+    segments = jnp.zeros(131, int)
+    flags = jnp.arange(131) == 5
 
     def run(q=q, k=k, v=v, bias=None, mask=None, sinks=None, more={}, **visibility):  # noqa: B006
         visibility = {"is_causal": True, "local_window_size": (3, 0)} | visibility
         built = masks.build((1, q.shape[1], k.shape[1], 2), **visibility)
-        return pallas_tpu.attention(q, k, v, bias, mask, built, sinks, **(STATIC | more))
+        return pallas_tpu.check(q, k, v, bias, mask, built, sinks, **(STATIC | more))
 
+    packed = {"query_segment_ids": segments, "key_segment_ids": segments}
+    run()
+    run(**packed)
+    run(num_sink_tokens=128, sinks=shape(4), more={"logits_soft_cap": 3.0})
+    run(k=shape(1, 150, 2, 16), v=shape(1, 150, 2, 24), query_positions=np.arange(131) + 19)
+    run(more={"normalizer": normalizers.Softpick(), "interpret": True}, q=shape(1, 7, 4, 16))
     refused = {
-        "segments": {"query_segment_ids": segments, "key_segment_ids": segments},
+        "less than a tile": {"q": shape(1, 127, 4, 16)},
+        "query_segment_ids and key_segment_ids are one array": packed
+        | {"key_segment_ids": segments + 1},
+        "at most 128 beside a window": {"num_sink_tokens": 129, "local_window_size": (0, 0)},
+        "4 beside a window of 3 in packed rows": packed
+        | {"num_sink_tokens": 4, "local_window_size": (2, 0)},
+        "less|fewer keys.*150": {"query_positions": np.arange(131) + 19},
         "lengths": {"key_value_seq_lengths": jnp.array([3])},
         "not causal": {"is_causal": False},
-        "query_positions": {"query_positions": jnp.arange(13) + 1},
-        "key_positions": {"key_positions": jnp.arange(13)[::-1]},
+        "query_positions": {"query_positions": jnp.arange(131) + 1},
+        "key_positions": {"key_positions": jnp.arange(131)[::-1]},
         "sink tokens": {"key_is_sink": flags},
-        "bias": {"bias": jnp.zeros((1, 1, 13, 13))},
-        "mask": {"mask": jnp.ones((1, 1, 13, 13), bool)},
-        "per token": {"sinks": jnp.zeros((1, 13, 4))},
-        "softpick": {"more": {"normalizer": normalizers.Softpick()}},
-        "float16": {"q": q.astype("float16"), "k": k.astype("float16"), "v": v.astype("float16")},
-        "head size": {"q": jnp.zeros((1, 13, 4, 257)), "k": jnp.zeros((1, 13, 2, 257))},
-        "fewer keys": {"k": k[:, :9], "v": v[:, :9]},
+        "bias": {"bias": shape(1, 1, 131, 131)},
+        "mask": {"mask": shape(1, 1, 131, 131, dtype="bool")},
+        "per token": {"sinks": shape(1, 131, 4)},
+        "entmax15": {"more": {"normalizer": normalizers.resolve("entmax15")}},
+        "learned": {"more": {"normalizer_params": {"bias": shape(4)}}},
+        "float16": {"q": shape(1, 131, 4, 16, dtype="float16")},
+        "head size": {"q": shape(1, 131, 4, 257), "k": shape(1, 131, 2, 257)},
+        "fewer keys": {"k": shape(1, 130, 2, 16), "v": shape(1, 130, 2, 24)},
     }
     for reason, options in refused.items():
         with pytest.raises(NotImplementedError, match=reason):
             run(**options)
-    with pytest.raises(NotImplementedError, match="VMEM"):
-        causal = {"ranges": Ranges(), "interpret": True}
-        wide = jnp.zeros((1, 65536, 4, 128), jnp.bfloat16)
-        run(q=wide, k=wide[:, :, :2], v=wide[:, :, :2], more=causal, is_causal=False)
-    with pytest.raises(ValueError, match=r"\[1, 13, 4, 16\], \[1, 13, 3, 16\]"):
-        run(k=jnp.zeros((1, 13, 3, 16)), v=jnp.zeros((1, 13, 3, 16)))
+    with pytest.raises(ValueError, match=r"\[1, 131, 4, 16\], \[1, 131, 3, 16\]"):
+        run(k=shape(1, 131, 3, 16), v=shape(1, 131, 3, 16))
+    with pytest.raises(NotImplementedError, match="less than a tile"):  # attention itself asks
+        tiny = jnp.zeros((1, 13, 4, 16))
+        mask = masks.build((1, 13, 13, 4), is_causal=True)
+        pallas_tpu.attention(tiny, tiny, tiny, None, None, mask, None, **STATIC)
 
 
 def test_blocks_are_multiples_of_the_tile():
@@ -331,7 +459,7 @@ def test_cases():
 
 
 CHIPS = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
-SHAPES = {  # (T, N, K, H, Hv), window, sink tokens, soft cap, dtype
+SHAPES = {  # (T, N, K, H, Hv), window, sink tokens, soft cap, dtype, and what else
     "sink-window": ((4096, 4, 2, 128, 128), 1024, 4, None, "bfloat16"),
     "wide": ((4096, 2, 2, 128, 128), 2200, 4, 20.0, "bfloat16"),
     "causal": ((4096, 4, 2, 128, 128), None, 0, None, "bfloat16"),
@@ -341,6 +469,17 @@ SHAPES = {  # (T, N, K, H, Hv), window, sink tokens, soft cap, dtype
     "96": ((2048, 2, 2, 96, 96), None, 0, None, "bfloat16"),
     "192": ((2048, 2, 2, 192, 128), 512, 4, None, "bfloat16"),
     "256": ((2048, 2, 2, 256, 256), 512, 128, None, "bfloat16"),
+    "long": ((65536, 2, 2, 128, 128), None, 0, None, "bfloat16"),
+    "gpt-oss": ((2048, 16, 2, 64, 64), 128, 0, None, "bfloat16"),
+    "packed": ((4096, 4, 2, 128, 128), 1024, 4, None, "bfloat16", "packed"),
+    "packed-causal": ((2048, 2, 2, 128, 128), None, 0, 20.0, "bfloat16", "packed"),
+    "packed-wide": ((4096, 2, 2, 64, 64), 2200, 4, None, "bfloat16", "packed"),
+    "packed-float32": ((2048, 4, 2, 80, 96), 200, 5, None, "float32", "packed", "softpick"),
+    "offset": ((1000, 2, 2, 128, 128), 1024, 4, None, "bfloat16", "offset"),
+    "offset-causal": ((1000, 2, 2, 128, 128), None, 0, None, "bfloat16", "offset"),
+    "softpick": ((2048, 2, 2, 128, 128), 512, 4, None, "bfloat16", "softpick"),
+    "sigmoid": ((2048, 4, 2, 128, 128), 256, 4, None, "bfloat16", "sigmoid(bias=-7.0)"),
+    "relu": ((2048, 2, 2, 64, 64), None, 0, 20.0, "bfloat16", "relu(divisor=5.0)"),
 }
 
 
@@ -350,20 +489,30 @@ SHAPES = {  # (T, N, K, H, Hv), window, sink tokens, soft cap, dtype
 def test_compiles(chip, name, monkeypatch):
     """Forward and backward, ahead of time; set ALLOW_MULTIPLE_LIBTPU_LOAD=1 for several processes."""
     monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
-    (T, N, K, H, Hv), window, sink_tokens, soft_cap, dtype = SHAPES[name]
+    (T, N, K, H, Hv), window, sink_tokens, soft_cap, dtype, *more = SHAPES[name]
     device = topologies.get_topology_desc(platform="tpu", topology_name=chip).devices[0]
     place = jax.sharding.SingleDeviceSharding(device)
+    offset = 1500 if "offset" in more else 0
+    normalizer = more[-1] if more and more[-1] not in ("offset", "packed") else "softmax"
+    static = STATIC | {"logits_soft_cap": soft_cap, "normalizer": normalizers.resolve(normalizer)}
 
     def shape(*sizes, dtype=dtype):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
-    def loss(query, key, value, sinks):
-        out, lse = pallas_tpu.attention(
-            query, key, value, None, None, None, sinks,
-            **STATIC | {"logits_soft_cap": soft_cap}, ranges=Ranges(window, sink_tokens),
-            blocks=BLOCKS[chip.partition(":")[0]],
+    def loss(query, key, value, sinks, ids):
+        packed = {"query_segment_ids": ids, "key_segment_ids": ids} if "packed" in more else {}
+        visibility = masks.build(
+            (1, T, offset + T, K), is_causal=True, num_sink_tokens=sink_tokens,
+            local_window_size=None if window is None else (window - 1, 0),
+            query_positions=np.arange(T) + offset if offset else None, **packed,
         )  # fmt: skip
-        return out.astype(jnp.float32).sum() + lse.sum()
+        out, lse = pallas_tpu.attention(
+            query, key, value, None, None, visibility,
+            sinks if static["normalizer"].takes_sinks else None,
+            **static, blocks=BLOCKS[chip.partition(":")[0]],
+        )  # fmt: skip
+        return out.astype(jnp.float32).sum() + (0 if lse is None else lse.sum())
 
-    arrays = shape(1, T, N, H), shape(1, T, K, H), shape(1, T, K, Hv), shape(N, dtype="float32")
+    arrays = shape(1, T, N, H), shape(1, offset + T, K, H), shape(1, offset + T, K, Hv)
+    arrays += shape(N, dtype="float32"), shape(T, dtype="int32")
     jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*arrays).compile()

@@ -1,9 +1,12 @@
-"""Attention on TPU: Pallas kernels for softmax, softmax1, softmax_n and sink logits over ranges.
+"""Attention on TPU: Pallas kernels for causal, window, sink+window and packed masks.
 
-Time and memory are linear in T for a window with sink tokens, forward and backward; there is no mask
-array and no table. `tpu_forward` and `tpu_backward` hold the kernels, `ranges` what they can mask.
+Softmax with and without sinks, softpick, and elementwise normalisers. Time and memory are linear in T for
+a window with sink tokens, forward and backward; there is no mask array and no table of blocks.
+`tpu_forward` and `tpu_backward` hold the kernels, `ranges` what they can mask, `tpu_policies` how they
+weigh.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -11,16 +14,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sinkjax_kernels import normalizers
+from sinkjax_kernels import normalizers, varying
+from sinkjax_kernels.flash import segments
 from sinkjax_kernels.flash import tpu_tiles as tiles
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
 from sinkjax_kernels.flash.tpu_backward import backward
-from sinkjax_kernels.flash.tpu_blocks import Blocks
+from sinkjax_kernels.flash.tpu_blocks import Blocks, blocks_here
 from sinkjax_kernels.flash.tpu_forward import forward
+from sinkjax_kernels.flash.tpu_policies import policy_of
 from sinkjax_kernels.flash.tpu_tiles import Static
 from sinkjax_kernels.masks import Visibility
 
 LARGEST_HEAD = 256
+FAR = 1e30  # the logarithm of the denominator of a query that is not there: its weights are 0
 
 
 def attention(
@@ -29,27 +35,72 @@ def attention(
     value: Float[Array, "B S K Hv"],
     bias: Float[Array, "#B #N #T #S"] | None,
     mask: Bool[Array, "#B #N #T #S"] | None,
-    visibility: Visibility | None,
+    visibility: Visibility,
     sinks: Float[Array, " N"] | Float[Array, "B T N"] | None,
     *,
     normalizer: normalizers.Normalizer,
     scale: float,
     logits_soft_cap: float | None,
     normalizer_params=None,
-    ranges: Ranges | None = None,
     blocks: Blocks | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
+) -> tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"] | None]:
     """`flash.reference.attention` on a TPU, for causal masks that are ranges.
 
     Args:
-        visibility: the mask.
-        ranges: the mask where the caller knows it as ranges; `visibility` is not looked at then.
-        blocks: block sizes, `tpu_blocks.BLOCKS` of a chip; those of v5e by default.
+        blocks: block sizes, `tpu_blocks.blocks_here()` by default.
         interpret: True or `pltpu.InterpretParams()` to run on any backend.
 
     Raises:
         NotImplementedError: the call is not one of these, with the reason and what serves it.
+        ValueError: shapes that do not go together.
+    """
+    blocks = blocks or blocks_here()
+    options: dict[str, Any] = {"normalizer": normalizer, "normalizer_params": normalizer_params}
+    options |= {"scale": scale, "logits_soft_cap": logits_soft_cap}
+    check(
+        query, key, value, bias, mask, visibility, sinks,
+        **options, blocks=blocks, interpret=interpret,
+    )  # fmt: skip
+    T, N = query.shape[1:3]
+    static = _static(query, visibility, sinks, **options, blocks=blocks, interpret=interpret)
+    constant = normalizers.constant_sink(normalizer)
+    if constant is not None:
+        sinks = jnp.full((N,), constant, jnp.float32)
+    if sinks is None:
+        sinks = jnp.zeros((N,), jnp.float32)
+    starts = None
+    if static.ranges.has_segments:
+        ids = jnp.broadcast_to(visibility.query_segment_ids, (query.shape[0], T))
+        starts = segments.starts_of(ids)
+    seen = static.ranges.offset + T
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key[:, :seen], value[:, :seen]))
+    results: Any = _attend(static, *varying.alike((query, key, value, sinks, starts)))
+    out, lse = results
+    lse = lse.swapaxes(1, 2) if normalizer.has_log_sum_exp else None
+    return out.swapaxes(1, 2), lse
+
+
+def check(
+    query,
+    key,
+    value,
+    bias,
+    mask,
+    visibility: Visibility,
+    sinks,
+    *,
+    normalizer: normalizers.Normalizer,
+    scale: float,
+    logits_soft_cap: float | None,
+    normalizer_params=None,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> None:
+    """Whether `attention` serves a call of these arrays, or of tracers or shapes in their place.
+
+    Raises:
+        NotImplementedError: it does not, with the reason and what does.
         ValueError: shapes that do not go together.
     """
     B, T, N, H = query.shape
@@ -59,52 +110,18 @@ def attention(
             f"query, key, value: expected [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple "
             f"of K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
         )
-    _refuse(query, key, value, bias, mask, sinks, normalizer, normalizer_params)
-    if ranges is None:
-        if visibility is None:
-            raise ValueError("visibility, ranges: expected one of them, got neither")
-        ranges = ranges_of(visibility)
-    if ranges.has_segments or ranges.offset:
+    if T < tiles.GRAIN and not interpret:
         raise NotImplementedError(
-            "segments and shifted queries are not built; `flash.xla` serves them"
+            f"query: {T} queries are less than a tile of {tiles.GRAIN}, `flash.xla` is as fast there"
         )
-    ranges = ranges.within(T)
-    if S < T:
+    if normalizer_params:
         raise NotImplementedError(
-            f"key: fewer keys ({S}) than queries ({T}) are not built; `flash.xla` serves them"
-        )
-    if ranges.num_sink_tokens > tiles.GRAIN:
-        raise NotImplementedError(
-            f"num_sink_tokens: at most {tiles.GRAIN} beside a window, got {ranges.num_sink_tokens}; "
-            "`flash.xla` serves more"
-        )
-    constant = normalizers.constant_sink(normalizer)
-    if constant is not None:
-        sinks = jnp.full((N,), constant, jnp.float32)
-    static = Static(
-        ranges, scale, logits_soft_cap, sinks is not None, blocks or Blocks(), interpret
-    )
-    _fit(static, T, H, Hv, query.dtype.itemsize)
-    if sinks is None:
-        sinks = jnp.zeros((N,), jnp.float32)
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key[:, :T], value[:, :T]))
-    results: Any = _attend(static, query, key, value, sinks)
-    out, lse = results
-    return out.swapaxes(1, 2), lse.swapaxes(1, 2)
-
-
-def _refuse(query, key, value, bias, mask, sinks, normalizer, normalizer_params) -> None:
-    """Raises for what these kernels do not compute."""
-    kinds = (normalizers.Softmax, normalizers.Softmax1, normalizers.SoftmaxN)
-    if not isinstance(normalizer, kinds) or normalizer_params:
-        raise NotImplementedError(
-            f"normalizer: softmax, softmax1 and softmax_n are built, got {normalizer}; "
-            "`flash.xla` or `flash.rows` serves it"
+            "normalizer_params: learned leaves are not built; `flash.xla` serves them"
         )
     for name, x in (("bias", bias), ("mask", mask)):
         if x is not None:
             raise NotImplementedError(f"{name}: arrays are not read; `flash.xla` serves them")
-    if sinks is not None and sinks.ndim != 1:
+    if sinks is not None and len(sinks.shape) != 1:
         raise NotImplementedError(
             "sinks: one logit per head is built, not one per token; `flash.xla` serves it"
         )
@@ -114,51 +131,87 @@ def _refuse(query, key, value, bias, mask, sinks, normalizer, normalizer_params)
             "query, key, value: all float32 or all bfloat16 are built, got "
             f"{query.dtype}, {key.dtype}, {value.dtype}; `flash.xla` serves them"
         )
-    if max(query.shape[-1], value.shape[-1]) > LARGEST_HEAD:
+    if max(H, Hv) > LARGEST_HEAD:
         raise NotImplementedError(
-            f"head size: at most {LARGEST_HEAD}, got {query.shape[-1]} and {value.shape[-1]}; "
+            f"head size: at most {LARGEST_HEAD}, got {H} and {Hv}; `flash.xla` serves more"
+        )
+    static = _static(
+        query, visibility, sinks, normalizer=normalizer, scale=scale,
+        logits_soft_cap=logits_soft_cap, normalizer_params=None, blocks=blocks or blocks_here(),
+        interpret=interpret,
+    )  # fmt: skip
+    if S < static.ranges.offset + T:
+        raise NotImplementedError(
+            f"key: fewer keys ({S}) than the queries reach ({static.ranges.offset + T}) are not built; "
+            "`flash.xla` serves them"
+        )
+    _check_sinks(static.ranges)
+
+
+def _static(
+    query, visibility, sinks, *, normalizer, scale, logits_soft_cap, normalizer_params, blocks,
+    interpret,
+) -> Static:  # fmt: skip
+    policy = policy_of(normalizer)
+    has_sinks = sinks is not None or normalizers.constant_sink(normalizer) is not None
+    ranges = ranges_of(visibility).within(query.shape[1])
+    return Static(ranges, scale, logits_soft_cap, has_sinks, blocks, interpret, policy)
+
+
+def _check_sinks(ranges: Ranges) -> None:
+    """Raises where the sink tokens of a query block are no single tile."""
+    P = ranges.num_sink_tokens
+    if P > tiles.GRAIN:
+        raise NotImplementedError(
+            f"num_sink_tokens: at most {tiles.GRAIN} beside a window, got {P}; "
             "`flash.xla` serves more"
         )
-
-
-def _fit(static: Static, T: int, H: int, Hv: int, itemsize: int) -> None:
-    """Raises where a kernel that keeps the keys of a head in VMEM would not fit."""
-    wide, need = tiles.up(H) + tiles.up(Hv), 0
-    for most, size in (
-        (static.blocks.query, 2 * itemsize),  # two buffers each for keys and values
-        (static.blocks.query_backward, 2 * itemsize + 4),  # and the sums of dk and dv
-    ):
-        narrow, block = tiles.layout(static.ranges, T, most)
-        if not narrow:
-            need = max(need, size * tiles.up(T, block) * wide)
-    if need > 0.8 * tiles.VMEM_BYTES:  # the rest is for the query block and its scores
+    if ranges.has_segments and P and tiles.GRAIN // P * (ranges.window or 0) < tiles.GRAIN:
         raise NotImplementedError(
-            f"{T} keys of a causal or widely windowed head take {need >> 20} MiB of the "
-            f"{tiles.VMEM_BYTES >> 20} MiB of VMEM; `flash.xla` serves them"
+            f"num_sink_tokens: {P} beside a window of {ranges.window} in packed rows are more than a "
+            "tile per block of 128 queries; `flash.xla` serves them"
         )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(static, query, key, value, sinks) -> tuple[Array, Array]:
-    out, lse = forward(static, query, key, value, sinks.astype(jnp.float32))
-    return out, lse[:, :, 0]
+def _attend(static, query, key, value, sinks, starts) -> tuple[Array, Array | None]:
+    out, lse = forward(static, query, key, value, sinks.astype(jnp.float32), starts)
+    return out, None if lse is None else lse[:, :, 0]
 
 
-def _forward_rule(static, query, key, value, sinks):
-    results: Any = _attend(static, query, key, value, sinks)
+def _forward_rule(static, query, key, value, sinks, starts):
+    results: Any = _attend(static, query, key, value, sinks, starts)
     out, lse = results
-    return (out, lse), (query, key, value, sinks, out, lse)
+    return (out, lse), (query, key, value, sinks, starts, out, lse)
 
 
 def _backward_rule(static, residuals, cotangents):
-    query, key, value, sinks, out, lse = residuals
+    query, key, value, sinks, starts, out, lse = residuals
     d_out, d_lse = cotangents
-    wide = [x.astype(jnp.float32) for x in (d_out, out)]
-    delta = (wide[0] * wide[1]).sum(-1) - d_lse  # D − dL, [B, N, T]
-    grads: Any = backward(static, query, key, value, d_out, lse[:, :, None], delta[:, :, None])
-    share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse) if static.has_sinks else 0
-    d_sinks = -(share * delta).sum((0, 2))
-    return *grads, d_sinks.astype(sinks.dtype)
+    d_sinks, delta = jnp.zeros_like(sinks), None
+    if static.policy.has_top:
+        delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse  # D − dL
+        if static.has_sinks:
+            share = jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
+            d_sinks = -(share * delta).sum((0, 2)).astype(sinks.dtype)
+    offset = static.ranges.offset
+    static = dataclasses.replace(static, ranges=dataclasses.replace(static.ranges, offset=0))
+
+    def in_front(x, filling=0.0):
+        """As many queries without a gradient before the first as there are keys before it."""
+        if x is None or not offset:
+            return x
+        width = [(0, 0), (0, 0), (offset, 0)] + [(0, 0)] * (x.ndim - 3)
+        return jnp.pad(x, width, constant_values=filling)
+
+    def compact(x):
+        return None if x is None else x[:, :, None]
+
+    query, d_out = in_front(query), in_front(d_out)
+    lse, delta = compact(in_front(lse, FAR)), compact(in_front(delta))
+    grads: Any = backward(static, query, key, value, d_out, lse, delta, starts)
+    d_query, d_key, d_value = grads
+    return d_query[:, :, offset:], d_key, d_value, d_sinks, None
 
 
 _attend.defvjp(_forward_rule, _backward_rule)

@@ -1,19 +1,15 @@
-"""Backward kernels of softmax attention over ranges, for TPU: dq, dk and dv in one pass.
+"""Backward pass of attention over ranges, for TPU: dq, dk and dv in one kernel.
 
-Scores are transposed, keys × queries, so that the log-sum-exp and D − dL are compact rows. Query blocks
-come in descending order: a key block's last contribution is then that of its own queries, which writes
-it out, and key block 0, which holds the sink tokens, comes last. dq is complete in each step.
+Query blocks come in descending order: a key block's last contribution is then that of its own queries,
+which writes it out, and key block 0, which holds the sink tokens, comes last. dq is complete in each step.
 
-Narrow windows keep dk and dv of the key blocks in flight in a ring in VMEM; causal attention and wide
-windows those of the whole head. Total work is that of the visible tiles, O(T · (P + W)).
-
-The formulas are those of `flash.families`: P = exp(X − LSE), dV = Pᵀ dO, dX = P ∘ (dP − (D − dL)).
+Narrow windows keep dk and dv of the key blocks in flight in a ring in VMEM (`tpu_backward_span`); causal
+attention and wide windows those of the whole head (`tpu_backward_loop`). Total work is that of the visible
+tiles, O(T · (P + W)).
 """
 
 import dataclasses
-import math
-from collections.abc import Callable
-from functools import partial
+import itertools
 from typing import Any
 
 import jax
@@ -21,87 +17,294 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sinkjax_kernels import varying
+from sinkjax_kernels.flash import segments
 from sinkjax_kernels.flash import tpu_tiles as tiles
-from sinkjax_kernels.flash.tpu_forward import chunks_of
-from sinkjax_kernels.flash.tpu_policies import LOG2_E
-from sinkjax_kernels.flash.tpu_tiles import GRAIN, Static, dot
+from sinkjax_kernels.flash.tpu_backward_loop import loop_kernel
+from sinkjax_kernels.flash.tpu_backward_span import span_kernel
+from sinkjax_kernels.flash.tpu_policies import LOG2_E, ExpSum
+from sinkjax_kernels.flash.tpu_tiles import Static
+from sinkjax_kernels.flash.tpu_units import Rows
+
+MOST_TILES = 64  # 128 × 128, of a program whose tiles are longer than those of plain softmax
 
 
-def backward(static: Static, query, key, value, d_out, lse, delta):
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a call is cut: grid (B, K, blocks, turns).
+
+    Args:
+        heads: query heads of a group that a step takes at once; a group needs `turns` of them.
+        block: queries of a step and head.
+        narrow: whether the keys of a step are one span, not all of the call.
+        key_blocks: of the keys of the call: those of its first queries.
+    """
+
+    static: Static
+    heads: int
+    turns: int
+    block: int
+    blocks: int
+    narrow: bool
+    key_blocks: int
+
+    @property
+    def reach(self) -> int:
+        """Keys of a span before its block."""
+        assert self.static.ranges.window is not None
+        return tiles.reach(self.static.ranges.window)
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the first blocks of a span kernel run parts of its one body, not bodies of their own.
+
+        It costs 6 % of the bundles of W = 1024, H = 128, P = 4, and halves a program that would be longer
+        than 12,000.
+        """
+        static = self.static
+        is_cheap = static.policy == ExpSum() and static.soft_cap is None
+        if is_cheap and not static.ranges.has_segments:
+            return False
+        seen = self.reach // tiles.GRAIN + 1
+        here = self.block // tiles.GRAIN
+        ramp = sum(min(n + 1, seen) for n in range(tiles.up(seen - 1, here)))
+        return self.heads * (here * seen + ramp) > MOST_TILES
+
+    @property
+    def sink_rows(self) -> int:
+        """Rows of a tile of sink tokens."""
+        ranges = self.static.ranges
+        if not ranges.num_sink_tokens:
+            return 0
+        if ranges.has_segments:
+            return segments.sink_rows(ranges, self.block)
+        return tiles.up(ranges.num_sink_tokens, 16)
+
+
+def plan_of(static: Static, T: int, G: int) -> Plan:
+    """Small windows fold heads, fewer the wider they are: the program grows with both.
+
+    By bundles of gpt-oss (W = 128, G = 8) and W = 128, 256, 512 at H = 128, G = 4: 19, 17, 13 and 7 % less on
+    v5e, 28 and 23 % on v6e, whose wider matrix unit gains nothing from W = 256 on.
+    """
+    narrow, block = tiles.layout(static.ranges, T, static.blocks.query_backward)
+    heads = 1
+    if narrow and static.ranges.window is not None:
+        reach = tiles.reach(static.ranges.window)
+        if reach == tiles.GRAIN or not static.blocks.wide_matmuls:
+            heads = max(x for x in range(1, G + 1) if G % x == 0 and x * reach <= max(1024, reach))
+    if heads > 1:
+        _, block = tiles.layout(static.ranges, T, min(block, 256 if heads > 3 else 512))
+    blocks = -(-T // block)
+    return Plan(static, heads, G // heads, block, blocks, narrow, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """What a kernel reads, writes and keeps: `[heads, block, ..]` of queries, `[keys, ..]` of keys."""
+
+    query: Any
+    d_out: Any
+    key: Any
+    value: Any
+    dq: Any
+    dk: Any
+    dv: Any
+    scaled: Any
+    dq_t: Any
+    sum_key: Any  # the ring, or the sums of the whole head
+    sum_value: Any
+    log_denominator: Any = None
+    delta: Any = None
+    d_out_t: Any = None
+    first_keys: Any = None  # packed rows: of each query of the block
+    bounds: Any = None  # packed rows: of the first and of the last query of every block, in SMEM
+    sink_key: Any = None
+    sink_value: Any = None
+    seen_by: Any = None  # packed rows: the range of queries that see each row of the sink tile
+    sink_dk: Any = None
+    sink_dv: Any = None
+
+    @property
+    def sink_sums(self):
+        return () if self.sink_dk is None else (self.sink_dk, self.sink_dv)
+
+    def rows(self, plan: Plan) -> Rows:
+        return Rows(
+            plan.static, plan.heads, plan.block, self.scaled, self.d_out, self.d_out_t,
+            self.log_denominator, self.delta, self.dq_t,
+        )  # fmt: skip
+
+
+def backward(static: Static, query, key, value, d_out, log_denominator, delta, starts=None):
     """dq, dk and dv from the cotangent of the output.
 
     Args:
         query, key, value, d_out: `[B, N or K, T, H]`.
-        lse: the log-sum-exp `[B, N, 1, T]`.
-        delta: D − dL `[B, N, 1, T]`, D = sum(dO · O) and dL the cotangent of the log-sum-exp.
+        log_denominator: of the forward pass, `[B, N, 1, T]`; None where the policy has none.
+        delta: D − dL `[B, N, 1, T]`, D = sum(dO · O) and dL the cotangent of the log-sum-exp; or None.
+        starts: `segments.starts_of` the ids `[B, 1, T]` in packed rows.
+    """
+    T, ranges = query.shape[2], static.ranges
+    plan = plan_of(static, T, query.shape[1] // key.shape[1])
+    block, length = plan.block, plan.blocks * plan.block
+    query, key, value, d_out = (tiles.pad_axis(x, length, 2) for x in (query, key, value, d_out))
+    rows = {}
+    if static.policy.has_top:
+        rows = {"log_denominator": log_denominator * LOG2_E, "delta": delta}
+        rows = {name: tiles.pad_axis(x, length, 3) for name, x in rows.items()}
+    gathered: Any = None
+    if ranges.has_segments:
+        assert starts is not None
+        starts = jnp.pad(starts, ((0, 0), (0, 0), (0, length - T)), mode="edge")
+        rows["first_keys"] = segments.first_keys(starts, ranges.window)
+        if ranges.num_sink_tokens:
+            gathered = segments.sink_tiles(starts, block, ranges)
+
+    def of(first, keys_end, end):
+        """The gradients by way of some keys, which the queries [first, end) see."""
+        some = dataclasses.replace(
+            plan, blocks=(end - first) // block, key_blocks=(keys_end - first) // block
+        )
+        seen = slice(first, end), slice(first, keys_end)
+        mine = {name: x[..., seen[0]] for name, x in rows.items()}
+        if ranges.has_segments:
+            mine["first_keys"] = jnp.maximum(mine["first_keys"] - first, 0)
+        tile = None
+        if gathered is not None and first == 0:
+            seen_by = jnp.stack([x.reshape(x.shape[0], -1) for x in gathered[1:]], 2)
+            tile = seen_by, *(segments.gather(x, gathered.index) for x in (key, value))
+        if first:
+            other = dataclasses.replace(ranges, num_sink_tokens=0)
+            some = dataclasses.replace(some, static=dataclasses.replace(static, ranges=other))
+        q, do = (x[:, :, seen[0]] for x in (query, d_out))
+        k, v = (x[:, :, seen[1]] for x in (key, value))
+        return _call(some, q, k, v, do, mine, tile)
+
+    cuts = _cuts(plan, key, value)
+    if len(cuts) == 2:
+        dq, dk, dv, *parts = of(0, length, length)
+    else:
+        # Sink tokens are among the first keys. dq is summed in float32 over the calls.
+        dq, found = jnp.zeros(query.shape, jnp.float32), []
+        for first, keys_end in itertools.pairwise(cuts):
+            end = length
+            if first and ranges.window is not None:
+                end = min(end, tiles.up(keys_end + ranges.window - 1, block))
+            one, *others = of(first, keys_end, end)
+            dq, found = dq.at[:, :, first:end].add(one), [*found, others]
+        dk, dv = (jnp.concatenate([x[n] for x in found], 2) for n in range(2))
+        dq, parts = dq.astype(query.dtype), found[0][2:]
+    if parts:
+        dk = _add_rows(dk, gathered.index, parts[0] * (static.scale / static.fold))
+        dv = _add_rows(dv, gathered.index, parts[1])
+    return dq[:, :, :T], dk[:, :, :T], dv[:, :, :T]
+
+
+def _cuts(plan: Plan, key, value) -> list[int]:
+    """Where the keys of a head are cut, so that they and the sums of dk and dv fit into VMEM."""
+    length = plan.blocks * plan.block
+    if plan.narrow:
+        return [0, length]
+    wide = tiles.up(key.shape[-1]) + tiles.up(value.shape[-1])
+    each = wide * (2 * key.dtype.itemsize + 4)  # two buffers of keys and values
+    most = int(0.8 * tiles.VMEM_BYTES) // each  # the rest is for the query block and its scores
+    calls = -(-length // max(most, plan.block))
+    size = tiles.up(-(-length // calls), plan.block)
+    return [*range(0, length, size), length]
+
+
+def _call(plan: Plan, query, key, value, d_out, rows, tile):
+    """dq, dk, dv, and what the rows of gathered sink tiles add to dk and dv, as rows.
+
+    Args:
+        key, value: of the first queries; later queries have keys of their own elsewhere.
+        rows: by name, what is one number per query, `[B, N or 1, .., T]`.
+        tile: in packed rows with sink tokens, the queries that see each row of it, its keys and values.
     """
     B, N, T, H = query.shape
-    K, Hv = key.shape[1], value.shape[-1]
-    G = N // K
-    ranges = static.ranges
-    narrow, block = tiles.layout(ranges, T, static.blocks.query_backward)
-    blocks = -(-T // block)
-    length = blocks * block
-    query, key, value, d_out = (tiles.pad_axis(x, length, 2) for x in (query, key, value, d_out))
-    lse, delta = (tiles.pad_axis(x, length, 3) for x in (lse * LOG2_E, delta))
-    sink_rows = tiles.up(ranges.num_sink_tokens, 16)
+    K, Hv, S = key.shape[1], value.shape[-1], key.shape[2]
+    static, heads, turns, block, blocks = (
+        plan.static, plan.heads, plan.turns, plan.block, plan.blocks
+    )  # fmt: skip
+    ranges, packed = static.ranges, static.ranges.has_segments
+    number = plan.sink_rows
 
     def descending(i):
         return blocks - 1 - i
 
-    def queries(width):
+    def queries(*shape):  # of some heads
+        def at(b, k, i, g):
+            i = descending(i)
+            return (b, k * turns + g, *((0, i) if shape[0] == 1 else (i, 0)))
+
+        return pl.BlockSpec((None, heads, *shape), at)
+
+    def finished(rows, width, of=blocks):
+        def at(b, k, i, g):
+            i = descending(i)
+            return b, k, i if of == blocks else jnp.minimum(i, of - 1), 0
+
+        return pl.BlockSpec((None, None, rows, width), at)
+
+    def resident(rows, width):
+        return pl.BlockSpec((None, None, rows, width), lambda b, k, i, g: (b, k, 0, 0))
+
+    def span(rows, width):
         return pl.BlockSpec(
-            (None, None, block, width), lambda b, k, i, g: (b, k * G + g, descending(i), 0)
+            (None, None, pl.Element(rows), pl.Element(width)),
+            lambda b, k, i, g: (b, k, tiles.span_start(descending(i) * block - plan.reach), 0),
         )
 
-    def finished(width):
-        return pl.BlockSpec((None, None, block, width), lambda b, k, i, g: (b, k, descending(i), 0))
+    whole = S == T
+    reads = {"query": (query, queries(block, H)), "d_out": (d_out, queries(block, Hv))}
+    writes = {
+        "dq": (query.shape, query.dtype if whole else jnp.float32, queries(block, H)),
+        "dk": (key.shape, key.dtype, finished(block, H, plan.key_blocks)),
+        "dv": (value.shape, value.dtype, finished(block, Hv, plan.key_blocks)),
+    }
+    keeps = {
+        "scaled": pltpu.VMEM((heads * block, H), query.dtype),
+        "dq_t": pltpu.VMEM((H, heads * block), jnp.float32),
+    }
+    if static.blocks.wide_matmuls:
+        keeps["d_out_t"] = pltpu.VMEM((Hv, heads * block), query.dtype)
+    row = pl.BlockSpec((None, 1, block), lambda b, k, i, g: (b, 0, descending(i)))
+    for name, x in rows.items():
+        reads[name] = x, row if name == "first_keys" else queries(1, block)
+    length, sums, keys = S, (S,), resident
+    if plan.narrow:
+        length, sums, keys = min(plan.reach + block, T), (-(-plan.reach // block) + 1, block), span
+    elif packed:
+        bounds = rows["first_keys"]
+        bounds = jnp.concatenate([bounds[..., ::block], bounds[..., block - 1 :: block]], axis=1)
+        reads["bounds"] = bounds, pl.BlockSpec(memory_space=pltpu.SMEM)
+    for name, x in (("key", key), ("value", value)):
+        width = x.shape[-1]
+        reads[name] = x, keys(length, width)
+        keeps["sum_" + name] = pltpu.VMEM((*sums, width), jnp.float32)
+    if tile is not None:
+        two = pl.BlockSpec((None, number, 2), lambda b, k, i, g: (b, descending(i), 0))
+        reads["seen_by"] = tile[0], two
+        for name, x in zip(("key", "value"), tile[1:], strict=True):
+            reads["sink_" + name] = x, finished(number, x.shape[-1])
+            writes["sink_d" + name[0]] = x.shape, jnp.float32, finished(number, x.shape[-1])
+    elif number and plan.narrow:
+        for name, x in (("key", key), ("value", value)):
+            reads["sink_" + name] = x, resident(number, x.shape[-1])
+            keeps["sink_d" + name[0]] = pltpu.VMEM((number, x.shape[-1]), jnp.float32)
 
-    row = pl.BlockSpec((None, None, 1, block), lambda b, k, i, g: (b, k * G + g, 0, descending(i)))
-    operands = [query, d_out, lse, delta, key, value]
-    if narrow:
-        assert ranges.window is not None
-        reach = tiles.reach(ranges.window)
-        span = min(reach + block, length)
-        slots = -(-reach // block) + 1
-        kernel = partial(_span_kernel, static, G, block, blocks)
-
-        def keys(width):
-            return pl.BlockSpec(
-                (None, None, pl.Element(span), pl.Element(width)),
-                lambda b, k, i, g: (b, k, tiles.span_start(descending(i) * block - reach), 0),
-            )
-
-        key_specs = [keys(H), keys(Hv)]
-        if sink_rows:
-            operands += [key, value]
-            key_specs += [
-                pl.BlockSpec((None, None, sink_rows, w), lambda b, k, i, g: (b, k, 0, 0))
-                for w in (H, Hv)
-            ]
-        kept = [pltpu.VMEM((slots, block, w), jnp.float32) for w in (H, Hv)]
-        if sink_rows:
-            kept += [pltpu.VMEM((sink_rows, w), jnp.float32) for w in (H, Hv)]
-    else:
-        kernel = partial(_loop_kernel, static, G, block)
-        key_specs = [
-            pl.BlockSpec((None, None, length, w), lambda b, k, i, g: (b, k, 0, 0)) for w in (H, Hv)
-        ]
-        kept = [pltpu.VMEM((length, w), jnp.float32) for w in (H, Hv)]
-    pairs = ranges.pairs(T) * B * N
+    names, kernel = (*reads, *writes, *keeps), span_kernel if plan.narrow else loop_kernel
+    operands = [x for x, _ in reads.values()]
+    pairs = B * N * (ranges.pairs(T) - (0 if whole else ranges.pairs(T - S)))
     moved = 2 * query.size + d_out.size + 2 * key.size + 2 * value.size
-    dq, dk, dv = pl.pallas_call(
-        kernel,
-        grid=(B, K, blocks, G),
-        in_specs=[queries(H), queries(Hv), row, row, *key_specs],
-        out_specs=[queries(H), finished(H), finished(Hv)],
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)],
-        scratch_shapes=[
-            pltpu.VMEM((block, H), query.dtype),
-            pltpu.VMEM((Hv, block), query.dtype),
-            pltpu.VMEM((H, block), jnp.float32),
-            *kept,
-        ],
+    return pl.pallas_call(
+        lambda *refs: kernel(plan, Refs(**dict(zip(names, refs, strict=True)))),
+        grid=(B, K, blocks, turns),
+        in_specs=[spec for _, spec in reads.values()],
+        out_specs=[spec for _, _, spec in writes.values()],
+        out_shape=[varying.struct(s, dtype, operands) for s, dtype, _ in writes.values()],
+        scratch_shapes=list(keeps.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.VMEM_BYTES,
@@ -109,289 +312,24 @@ def backward(static: Static, query, key, value, d_out, lse, delta):
         cost_estimate=pl.CostEstimate(
             flops=2 * pairs * (3 * H + 2 * Hv),
             transcendentals=pairs,
-            bytes_accessed=moved * query.dtype.itemsize + 8 * lse.size,
+            bytes_accessed=moved * query.dtype.itemsize + 8 * B * N * T * static.policy.has_top,
         ),
         name="sinkjax_flash_backward",
         interpret=static.interpret,
     )(*operands)
-    return dq[:, :, :T], dk[:, :, :T], dv[:, :, :T]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Keys:
-    """Some keys, as the units that share them see them.
+def _add_rows(x, index, parts):
+    """x `[B, K, T, H]` with `parts` `[B, K, R, H]` added at `index` `[B, R]`, summed in float32.
 
-    Args:
-        load: key and value tiles `[keys, H]`, `[keys, Hv]`.
-        hide: sets weights of invisible pairs to 0, given them and the first query of the unit.
-        commit: takes the sums of dk and dv over the queries of the block.
-        last: first query of the last unit with these keys.
-        memory: what was loaded and summed so far.
+    Many blocks see one sink token; the sum is taken over the rows of `parts`, not over those of x, which
+    may be bfloat16.
     """
+    number = jnp.arange(index.shape[1], dtype=jnp.int32)
 
-    load: Callable[[], tuple[Any, Any]]
-    hide: Callable[[Any, int], Any]
-    commit: Callable[[Any, Any], None]
-    last: int
-    memory: dict[str, Any] = dataclasses.field(default_factory=dict)
+    def one(x, index, parts):
+        row = jnp.full(x.shape[1], index.shape[0], jnp.int32).at[index].min(number)[index]
+        total = jnp.zeros_like(parts).at[:, row].add(parts)[:, row]
+        return x.at[:, index].set((x[:, index] + total).astype(x.dtype))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """What a step knows of its queries."""
-
-    static: Static
-    scaled: Any  # q folded, [block, H]
-    d_out: Any
-    d_out_t: Any  # only with wide matmuls
-    lse: Any  # base 2, [1, block]
-    delta: Any
-    dq: Any  # transposed, [H, block]
-
-    def scores(self, unit):
-        keys, first, end = unit
-        if "key" not in keys.memory:
-            key, value = keys.load()
-            keys.memory.update(key=key, value=value, key_t=key.T, dk=0.0, dv=0.0)
-        memory = keys.memory
-        score = dot(memory["key"], self.scaled[first:end, :], (1, 1))
-        return score, dot(memory["value"], self.d_out[first:end, :], (1, 1))
-
-    def spread(self, unit, products):
-        keys, first, end = unit
-        (score, d_weight), memory = products, keys.memory
-        score, slope = self.static.capped(score)
-        weight = keys.hide(jnp.exp2(score - self.lse[:, first:end]), first)
-        d_score = weight * (d_weight - self.delta[:, first:end])
-        if slope is not None:
-            d_score = d_score * slope
-        weight, d_score = (x.astype(self.scaled.dtype) for x in (weight, d_score))
-        if self.is_wide(unit):
-            memory["dv"] += dot(self.d_out_t[:, first:end], weight, (1, 1))
-        else:
-            memory["dv"] += dot(weight, self.d_out[first:end, :], (1, 0))
-        memory["dk"] += dot(d_score, self.scaled[first:end, :], (1, 0))
-        self.dq[:, first:end] += dot(memory["key_t"], d_score, (1, 0))
-        if first == keys.last:
-            dv = memory["dv"].T if self.is_wide(unit) else memory["dv"]
-            keys.commit(memory["dk"], dv)
-
-    def is_wide(self, unit):
-        return self.static.blocks.wide_matmuls and unit[0].memory["key"].shape[0] >= GRAIN
-
-    def begin(self, q_ref):
-        if self.static.blocks.wide_matmuls:
-            self.d_out_t[...] = self.d_out[...].T
-        self.scaled[...] = self.static.folded(q_ref[...])
-        self.dq[...] = jnp.zeros_like(self.dq)
-
-    def sweep(self, units):
-        tiles.staged(units, self.scores, self.spread)
-
-    def write(self, dq_ref):
-        for x in range(0, dq_ref.shape[0], GRAIN):
-            part = self.dq[:, x : x + GRAIN].T * self.static.scale
-            dq_ref[x : x + GRAIN, :] = part.astype(dq_ref.dtype)
-
-
-def _units(load, hide, commit, low: int, high: int, rows: int):
-    """The units of some keys: pieces of the queries [low, high)."""
-    if low >= high:
-        return []
-    starts = range(low, high, rows)
-    keys = _Keys(load, hide, commit, starts[-1])
-    return [(keys, x, min(x + rows, high)) for x in starts]
-
-
-def _hide_static(first_key: int, window: int | None):
-    """Masks the partial tiles of a unit, tile by tile; `first_key` relative to the query block."""
-
-    def hide(weight, first):
-        lines = []
-        for y in range(0, weight.shape[0], GRAIN):
-            line = []
-            for x in range(0, weight.shape[1], GRAIN):
-                tile = weight[y : y + GRAIN, x : x + GRAIN]
-                distance = first + x - (first_key + y)
-                kind = tiles.tile_kind(distance, window)
-                if kind == "empty":
-                    tile = jnp.zeros_like(tile)
-                elif kind == "partial":
-                    tile = jnp.where(tiles.seen(tile.shape, distance, window, 1), tile, 0)
-                line.append(tile)
-            lines.append(tiles.join(line, 1))
-        return tiles.join(lines, 0)
-
-    return hide
-
-
-def _hide_sinks(first_query, ranges):
-    def hide(weight, first):
-        return jnp.where(tiles.sinks_seen(weight.shape, first_query + first, ranges, 1), weight, 0)
-
-    return hide
-
-
-def _tile(refs, at):
-    return lambda: tuple(ref[at, :] for ref in refs)
-
-
-def _span_kernel(static, G, block, blocks, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref, *rest):
-    """A query block with its whole window; a ring holds dk and dv of the key blocks in flight."""
-    ranges, sinks = static.ranges, bool(static.ranges.num_sink_tokens)
-    sink_refs, rest = (rest[:2], rest[2:]) if sinks else ((), rest)
-    dq_ref, dk_ref, dv_ref, scaled, do_t, dq, ring_k, ring_v, *sink_sums = rest
-    window, reach = ranges.window, tiles.reach(ranges.window)
-    wide = math.gcd(static.blocks.keys_backward, block)
-    width = wide if reach % wide == 0 else GRAIN
-    step, g = pl.program_id(2), pl.program_id(3)
-    i = blocks - 1 - step
-    slots = ring_k.shape[0]
-    rows = _Rows(static, scaled, do_ref, do_t, lse_ref, delta_ref, dq)
-    is_first = (step == 0) & (g == 0)
-
-    def seen_by(start):
-        """Queries of the block, cut to 128, that see keys from `start` on."""
-        return max(0, start // GRAIN * GRAIN), min(block, tiles.up(start + width - 1 + window))
-
-    def visited(start):
-        low, high = seen_by(start)
-        return start >= -reach and low < high
-
-    if sinks:
-
-        @pl.when(is_first)
-        def _():
-            for ref in sink_sums:
-                ref[...] = jnp.zeros_like(ref)
-
-    def body(before: int, first):
-        rows.begin(q_ref)
-
-        def commit_sinks(dk, dv):
-            for ref, part in zip(sink_sums, (dk, dv), strict=True):
-                ref[...] += part
-
-        def commit(start):
-            back, at = -(start // block), slice(start % block, start % block + width)
-            slot = jax.lax.rem(i - back + slots, slots)
-            never = not visited(start - block)  # later query blocks do not see these keys
-
-            def one(part, ring, out_ref, sums, factor):
-                if not (never and G == 1):
-                    fresh = (g == 0) if never else is_first
-                    part = jnp.where(fresh, part, part + ring[slot, at, :])
-                if back or G > 1:
-                    ring[slot, at, :] = part
-                if back == 0:
-                    if sums is not None and isinstance(first, int) and first + start == 0:
-                        size = sums.shape[0]
-                        rest = [part[size:]] if size < width else []
-                        part = tiles.join([part[:size] + sums[...], *rest], 0)
-                    out_ref[at, :] = (part * factor).astype(out_ref.dtype)
-
-            def both(dk, dv):
-                sums = sink_sums or (None, None)
-                one(dk, ring_k, dk_ref, sums[0], static.scale / static.fold)
-                one(dv, ring_v, dv_ref, sums[1], 1.0)
-
-            return both
-
-        units = []
-        size = static.blocks.rows_backward
-        if sinks:
-            hide = _hide_sinks(first, ranges)
-            low = max(0, (window - first) // GRAIN * GRAIN) if isinstance(first, int) else 0
-            at = slice(None)
-            units += _units(_tile(sink_refs, at), hide, commit_sinks, low, block, size)
-        for start in range(-before, block, width):
-            low, high = seen_by(start)
-            at = slice(before + start, before + start + width)
-            hide = _hide_static(start, window)
-            units += _units(_tile((k_ref, v_ref), at), hide, commit(start), low, high, size)
-        rows.sweep(units)
-        rows.write(dq_ref)
-
-    short = min(-(-reach // block), blocks)
-    for n in range(short):
-        pl.when(i == n)(partial(body, n * block, n * block))
-    if blocks > short:
-        pl.when(i >= short)(partial(body, reach, i * block))
-
-
-def _loop_kernel(
-    static, G, block, q_ref, do_ref, lse_ref, delta_ref, k_ref, v_ref,
-    dq_ref, dk_ref, dv_ref, scaled, do_t, dq, sum_k, sum_v,
-):  # fmt: skip
-    """Chunks of keys before the block, the sink tile, then the diagonal, which writes its keys out."""
-    ranges, size = static.ranges, static.blocks.rows_backward
-    width = math.gcd(static.blocks.keys_backward, block)
-    chunk = tiles.chunk_size(static, block)
-    step, g = pl.program_id(2), pl.program_id(3)
-    first = (pl.num_programs(2) - 1 - step) * block
-    rows = _Rows(static, scaled, do_ref, do_t, lse_ref, delta_ref, dq)
-    rows.begin(q_ref)
-
-    @pl.when((step == 0) & (g == 0))
-    def _():
-        def clear(n, _):
-            for ref in (sum_k, sum_v):
-                ref[pl.ds(pl.multiple_of(n * block, GRAIN), block), :] = jnp.zeros(
-                    (block, ref.shape[1]), jnp.float32
-                )
-
-        jax.lax.fori_loop(0, sum_k.shape[0] // block, clear, None)
-
-    def adds(at):
-        def commit(dk, dv):
-            sum_k[at, :] += dk
-            sum_v[at, :] += dv
-
-        return commit
-
-    def near(key):
-        def hide(weight, row):
-            distance = tiles.distances(weight.shape, first + row - key, 1)
-            return jnp.where(distance < ranges.window, weight, 0)
-
-        return hide
-
-    def absorb(j, edge: bool):
-        units = []
-        for x in range(0, chunk, width):
-            key = pl.multiple_of(j * chunk + x, GRAIN)
-            at = pl.ds(key, width)
-            hide = near(key) if edge else (lambda weight, row: weight)
-            units += _units(_tile((k_ref, v_ref), at), hide, adds(at), 0, block, size)
-        rows.sweep(units)
-
-    low, full, end = chunks_of(first, block, chunk, ranges.window)
-    if ranges.window is not None:
-        jax.lax.fori_loop(low, full, lambda j, _: absorb(j, True), None)
-    jax.lax.fori_loop(full, end, lambda j, _: absorb(j, False), None)
-    if ranges.num_sink_tokens:
-
-        @pl.when(first + block > ranges.window)
-        def _():
-            at = pl.ds(0, tiles.up(ranges.num_sink_tokens, 16))
-            hide = _hide_sinks(first, ranges)
-            rows.sweep(_units(_tile((k_ref, v_ref), at), hide, adds(at), 0, block, size))
-
-    def writes(start):
-        at, here = pl.ds(pl.multiple_of(first + start, GRAIN), width), slice(start, start + width)
-
-        def commit(dk, dv):
-            adds(at)(dk, dv)
-            factor = static.scale / static.fold
-            dk_ref[here, :] = (sum_k[at, :] * factor).astype(dk_ref.dtype)
-            dv_ref[here, :] = sum_v[at, :].astype(dv_ref.dtype)
-
-        return at, commit
-
-    units = []
-    for start in range(0, block, width):
-        at, commit = writes(start)
-        hide = _hide_static(start, None)
-        units += _units(_tile((k_ref, v_ref), at), hide, commit, start, block, size)
-    rows.sweep(units)
-    rows.write(dq_ref)
+    return jax.vmap(one)(x, index, parts)

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+import jax
+
+from sinkjax_kernels.devices import TPUS
+
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
@@ -41,3 +45,12 @@ BLOCKS: dict[str, Blocks] = {
     "tpu7x": Blocks(rows=256, keys=1280, query_backward=1024, keys_backward=256, wide_matmuls=True),
 }
 """By bundles of the static schedule of sink+window, P = 4, W = 1024, H = 128, bfloat16, T = 8192."""
+
+
+def blocks_here() -> Blocks:
+    """Those of the mesh in use or of the first device; where that is no known TPU, those of v5e.
+
+    What a program is lowered for is not known while it is traced. The blocks of v5e are legal on all chips.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return BLOCKS[TPUS.get(device.device_kind, "v5e")]

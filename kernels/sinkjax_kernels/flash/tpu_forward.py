@@ -1,15 +1,13 @@
-"""Forward kernels of softmax attention over ranges, for TPU: q, k, v → out, log-sum-exp.
+"""Forward pass of attention over ranges on TPU: q, k, v → out, logarithm of the denominator.
 
-Narrow windows: one grid step per query block with its whole span of keys as one overlapping block, so
-that every tile's kind is static, all scores of a sub-block are there before its maximum is taken, and
-nothing is rescaled. Causal attention and wide windows: the keys of a head stay in VMEM, the block's
-diagonal is static, and a loop runs over the chunks before it with a running maximum.
+Narrow windows: one grid step per query block with its whole span of keys (`tpu_forward_span`). Causal
+attention and wide windows: a loop over the keys of a head (`tpu_forward_loop`), which stay in VMEM if they
+fit.
 
-Arrays are `[B, N, T, H]`, the log-sum-exp is `[B, N, 1, T]`: one number per query and head.
+Arrays are `[B, N, T, H]`, the logarithm is `[B, N, 1, T]`: one number per query and head.
 """
 
-import functools
-import math
+import dataclasses
 from functools import partial
 
 import jax
@@ -17,77 +15,157 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sinkjax_kernels import varying
+from sinkjax_kernels.flash import segments
 from sinkjax_kernels.flash import tpu_tiles as tiles
-from sinkjax_kernels.flash.tpu_policies import LOG2_E, MASKED
-from sinkjax_kernels.flash.tpu_tiles import GRAIN, Static, dot
+from sinkjax_kernels.flash.tpu_forward_loop import loop_kernel
+from sinkjax_kernels.flash.tpu_forward_span import span_kernel
+from sinkjax_kernels.flash.tpu_tiles import GRAIN, Static
+
+SHARED = 512  # largest window whose keys are shared by the heads of a group, step by step
 
 
-def forward(static: Static, query, key, value, sinks):
-    """Output `[B, N, T, Hv]` and log-sum-exp `[B, N, 1, T]`; at least T keys.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Where the query blocks of a call lie.
 
     Args:
-        sinks: sink logits `[N]` in float32, zeros where `static.has_sinks` is False.
+        narrow: whether a block's span of keys is unrolled as a whole.
+        block: queries of a block.
+        blocks: number of blocks.
+        heads: heads of a group that share a step.
+        front: empty query slots before query 0, so that blocks begin at a multiple of 128.
+        origin: index of the key at the first query slot.
+        base: first key that is handed over.
+        resident: whether the keys of a head stay in VMEM where it is not `narrow`.
+    """
+
+    narrow: bool
+    block: int
+    blocks: int
+    heads: int
+    front: int
+    origin: int
+    base: int
+    resident: bool = True
+
+    @property
+    def keys(self) -> int:
+        """Keys that are handed over."""
+        return self.origin - self.base + self.block * self.blocks
+
+    @classmethod
+    def of(cls, static: Static, length: int, group: int) -> "Plan":
+        ranges, most = static.ranges, static.blocks.query
+        front = ranges.offset % GRAIN
+        origin, slots = ranges.offset - front, front + length
+        heads = 1
+        if ranges.window is not None and ranges.window <= SHARED:
+            # Small tiles: twice the queries in a step, of all heads of a group if the window allows.
+            least = tiles.reach(ranges.window)
+            most *= 2 if least <= SHARED // 2 else 1
+            fits = (n for n in range(1, group + 1) if group % n == 0 and most // n >= least)
+            heads = max(fits, default=1)
+            most = most // heads // GRAIN * GRAIN
+        narrow, block = tiles.layout(ranges, slots, most)
+        base = 0
+        if ranges.window is not None:
+            grain = GRAIN if narrow else tiles.chunk_size(static, block)
+            base = max(0, origin - max(GRAIN, tiles.up(ranges.window - 1, grain)))
+        return cls(narrow, block, -(-slots // block), heads if narrow else 1, front, origin, base)
+
+
+def forward(static: Static, query, key, value, sinks, starts):
+    """Output `[B, N, T, Hv]`, and the logarithm of the denominator `[B, N, 1, T]` or None.
+
+    Args:
+        query, key, value: `[B, N or K, T or S, H]`, S at least T and the offset.
+        sinks: sink logits `[N]` in float32, not read where `static.has_sinks` is False.
+        starts: `segments.starts_of` packed rows, or None.
     """
     B, N, T, H = query.shape
     K, Hv = key.shape[1], value.shape[-1]
-    G = N // K
-    ranges = static.ranges
-    narrow, block = tiles.layout(ranges, T, static.blocks.query)
-    blocks = -(-T // block)
-    length = blocks * block
-    query = tiles.pad_axis(query, length, 2)
-    key, value = (tiles.pad_axis(x, length, 2) for x in (key, value))
+    ranges, item = static.ranges, query.dtype.itemsize
+    plan = Plan.of(static, T, N // K)
+    need = 2 * item * plan.keys * (tiles.up(H) + tiles.up(Hv))  # two buffers each
+    if need > 0.8 * tiles.VMEM_BYTES:  # the rest is for the query block and its scores
+        plan = dataclasses.replace(plan, resident=False)
+    block, length, f = plan.block, plan.block * plan.blocks, plan.heads
+    groups = N // K // f
+    query = jnp.pad(query, ((0, 0), (0, 0), (plan.front, length - plan.front - T), (0, 0)))
+    keys_of = partial(_keys_of, plan)
+    operands = {"sinks": sinks, "query": query, "key": keys_of(key), "value": keys_of(value)}
 
     def queries(width):
-        return pl.BlockSpec((None, None, block, width), lambda b, k, i, g: (b, k * G + g, i, 0))
+        return pl.BlockSpec((None, f, block, width), lambda b, k, i, g: (b, k * groups + g, i, 0))
+
+    def keys(width):
+        if plan.narrow:
+            return around(tiles.reach(ranges.window or 0), width)
+        if not plan.resident:
+            return pl.BlockSpec(memory_space=pl.ANY)
+        return pl.BlockSpec((None, None, plan.keys, width), lambda b, k, i, g: (b, k, 0, 0))
+
+    def around(before, width):
+        """A block's keys and those before it: overlapping blocks, so that the index counts keys."""
+        lead = plan.origin - plan.base - before
+        return pl.BlockSpec(
+            (None, None, pl.Element(min(before + block, plan.keys)), pl.Element(width)),
+            lambda b, k, i, g: (b, k, tiles.span_start(i * block + lead), 0),
+        )
 
     whole = pl.BlockSpec(memory_space=pltpu.SMEM)
-    operands, scratch = [sinks, query, key, value], []
-    if narrow:
-        assert ranges.window is not None
-        reach = tiles.reach(ranges.window)
-        span = min(reach + block, length)
-        kernel = partial(_span_kernel, static, G, block, blocks)
-
-        def keys(width):  # overlapping blocks: Element makes the index count keys
-            return pl.BlockSpec(
-                (None, None, pl.Element(span), pl.Element(width)),
-                lambda b, k, i, g: (b, k, tiles.span_start(i * block - reach), 0),
-            )
-
-        specs = [whole, queries(H), keys(H), keys(Hv)]
-        if ranges.num_sink_tokens:
-            operands += [key, value]
-            specs += [
-                pl.BlockSpec((None, None, GRAIN, w), lambda b, k, i, g: (b, k, 0, 0))
-                for w in (H, Hv)
-            ]
-    else:
-        kernel = partial(_loop_kernel, static, G, block)
-        specs = [whole, queries(H)] + [
-            pl.BlockSpec((None, None, length, w), lambda b, k, i, g: (b, k, 0, 0)) for w in (H, Hv)
-        ]
-        scratch = [
-            pltpu.VMEM((block, H), query.dtype),
-            pltpu.VMEM((block, GRAIN), jnp.float32),
-            pltpu.VMEM((block, GRAIN), jnp.float32),
-            pltpu.VMEM((block, Hv), jnp.float32),
-        ]
+    specs = {"sinks": whole, "query": queries(H), "key": keys(H), "value": keys(Hv)}
+    scratch = {}
+    if not plan.narrow and not plan.resident:
+        chunk = tiles.chunk_size(static, block)
+        scratch["arrived"] = pltpu.SemaphoreType.DMA((2, 2))
+        for name, width in (("key", H), ("value", Hv)):
+            operands[f"near_{name}"] = operands[name]
+            specs[f"near_{name}"] = around((plan.origin - plan.base) % chunk, width)
+            scratch[f"chunk_{name}"] = pltpu.VMEM((2, chunk, width), query.dtype)
+    if starts is not None:
+        starts = jnp.pad(starts, ((0, 0), (0, 0), (0, length - T)), mode="edge")
+        operands["low"] = segments.first_keys(starts, ranges.window)
+        specs["low"] = pl.BlockSpec((None, 1, block), lambda b, k, i, g: (b, 0, i))
+        scratch["lows"] = pltpu.VMEM((block, GRAIN), jnp.int32)
+        if not plan.narrow:
+            operands["bounds"] = segments.block_bounds(starts, block, ranges.window)
+            specs["bounds"] = whole
+    if ranges.num_sink_tokens:
+        tile = (GRAIN, lambda b, k, i, g: (b, k, 0, 0))
+        operands |= {"sink_key": operands["key"], "sink_value": operands["value"]}
+        if plan.base:
+            operands |= {"sink_key": key[:, :, :GRAIN], "sink_value": value[:, :, :GRAIN]}
+        if starts is not None:
+            sinks_of = segments.sink_tiles(starts, block, ranges)
+            tile = (segments.sink_rows(ranges, block), lambda b, k, i, g: (b, k, i, 0))
+            operands["sink_key"] = segments.gather(operands["key"], sinks_of.index)
+            operands["sink_value"] = segments.gather(operands["value"], sinks_of.index)
+            operands["seen_by"] = tiles.pad_axis(jnp.stack([*sinks_of[1:]], axis=2), GRAIN, 3)
+            specs["seen_by"] = pl.BlockSpec((None, None, 2, GRAIN), lambda b, k, i, g: (b, i, 0, 0))
+        for name, width in (("sink_key", H), ("sink_value", Hv)):
+            specs[name] = pl.BlockSpec((None, None, tile[0], width), tile[1])
+    if not plan.narrow:
+        scratch["scaled"] = pltpu.VMEM((block, H), query.dtype)
+        scratch["accs"] = pltpu.VMEM((block, Hv), jnp.float32)
+        if static.policy.has_top:
+            scratch["tops"] = pltpu.VMEM((block, GRAIN), jnp.float32)
+            scratch["totals"] = pltpu.VMEM((block, GRAIN), jnp.float32)
+    given = tuple(operands.values())
+    results = {"out": (queries(Hv), varying.struct((B, N, length, Hv), query.dtype, *given))}
+    if static.policy.has_top:
+        spec = pl.BlockSpec((None, f, 1, block), lambda b, k, i, g: (b, k * groups + g, 0, i))
+        results["lse"] = spec, varying.struct((B, N, 1, length), jnp.float32, *given)
+    kernel = span_kernel if plan.narrow else loop_kernel
     pairs = ranges.pairs(T) * B * N
-    item = query.dtype.itemsize
-    out, lse = pl.pallas_call(
-        kernel,
-        grid=(B, K, blocks, G),
-        in_specs=specs,
-        out_specs=[
-            queries(Hv),
-            pl.BlockSpec((None, None, 1, block), lambda b, k, i, g: (b, k * G + g, 0, i)),
-        ],
-        out_shape=[
-            jax.ShapeDtypeStruct((B, N, length, Hv), query.dtype),
-            jax.ShapeDtypeStruct((B, N, 1, length), jnp.float32),
-        ],
-        scratch_shapes=scratch,
+    found = pl.pallas_call(
+        partial(kernel, static, plan, (*operands, *results, *scratch)),
+        grid=(B, K, plan.blocks, groups),
+        in_specs=[specs[name] for name in operands],
+        out_specs=[spec for spec, _ in results.values()],
+        out_shape=[shape for _, shape in results.values()],
+        scratch_shapes=list(scratch.values()),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.VMEM_BYTES,
@@ -95,208 +173,16 @@ def forward(static: Static, query, key, value, sinks):
         cost_estimate=pl.CostEstimate(
             flops=2 * pairs * (H + Hv),
             transcendentals=pairs,
-            bytes_accessed=(query.size + B * N * length * Hv + key.size + value.size) * item,
+            bytes_accessed=(query.size + B * N * length * Hv) * item
+            + sum(operands[name].size for name in ("key", "value")) * item,
         ),
         name="sinkjax_flash_forward",
         interpret=static.interpret,
-    )(*operands)
-    return out[:, :, :T], lse[..., :T]
+    )(*given)
+    mine = slice(plan.front, plan.front + T)
+    return found[0][:, :, mine], found[1][..., mine] if static.policy.has_top else None
 
 
-def _sink(static: Static, G: int, sinks_ref):
-    """The sink logit of this head in base 2, or None."""
-    if not static.has_sinks:
-        return None
-    return sinks_ref[pl.program_id(1) * G + pl.program_id(3)] * LOG2_E
-
-
-def _over_lanes(combine, parts):
-    """Elementwise over 128-lane columns of all parts: one reduction across lanes is left to do."""
-    columns = [part[:, x : x + GRAIN] for part in parts for x in range(0, part.shape[1], GRAIN)]
-    return functools.reduce(combine, columns)
-
-
-def _row_max(parts):
-    return _over_lanes(jnp.maximum, parts).max(axis=1, keepdims=True)
-
-
-def _gather(static: Static, scores, values, top):
-    """Sum of exp2(score − top) over the keys, and of it times the values.
-
-    The sum is 128 columns: partial sums that are left to add, or with `wide_matmuls` the same number.
-    """
-    terms = [jnp.exp2(score - tiles.lanes(top, score.shape[1])) for score in scores]
-    if not static.blocks.wide_matmuls:
-        total = _over_lanes(jnp.add, terms)
-        return total, _sum_of_products(terms, values)
-    ones = [jnp.ones((v.shape[0], GRAIN), v.dtype) for v in values]
-    values = [tiles.join([one, v], 1) for one, v in zip(ones, values, strict=True)]
-    both = _sum_of_products(terms, values)
-    return both[:, :GRAIN], both[:, GRAIN:]
-
-
-def _sum_of_products(terms, values):
-    products = [dot(p.astype(v.dtype), v, (1, 0)) for p, v in zip(terms, values, strict=True)]
-    return functools.reduce(jnp.add, products)
-
-
-def _finish(static: Static, out_ref, lse_ref, at, top, total, sink, acc):
-    """Divide by the denominator, and turn its logarithm from a column into a compact row."""
-    if not static.blocks.wide_matmuls:
-        total = total.sum(axis=1, keepdims=True)
-    if sink is not None:
-        total = total + jnp.exp2(sink - top)
-    out_ref[at, :] = (acc / tiles.lanes(total, acc.shape[1])).astype(out_ref.dtype)
-    lse = (top + jnp.log2(total)) * (1 / LOG2_E)
-    lse_ref[:, at] = jnp.broadcast_to(lse, (lse.shape[0], GRAIN)).T[:1]
-
-
-def _span_kernel(static, G, block, blocks, sinks_ref, q_ref, k_ref, v_ref, *rest):
-    """A query block with its whole window; the first ones, whose window is cut short, are unrolled too."""
-    *sink_refs, out_ref, lse_ref = rest
-    ranges, width = static.ranges, static.blocks.keys
-    window, reach = ranges.window, tiles.reach(ranges.window)
-    rows = math.gcd(static.blocks.rows, block)
-    i = pl.program_id(2)
-    sink = _sink(static, G, sinks_ref)
-
-    def body(before: int, first):
-        """`before` keys of the span lie before the block; `first` is its first query."""
-
-        def scores(row):
-            query = static.folded(q_ref[row : row + rows, :])
-            found = []
-            for start, end, is_partial in tiles.key_pieces(row, rows, -before, window, width):
-                at = slice(before + start, before + end)
-                score, _ = static.capped(dot(query, k_ref[at, :], (1, 1)))
-                if is_partial:
-                    where = tiles.seen(score.shape, row - start, window, 0)
-                    score = jnp.where(where, score, MASKED)
-                found.append((score, v_ref, at))
-            if sink_refs and not (isinstance(first, int) and first + row + rows <= window):
-                score, _ = static.capped(dot(query, sink_refs[0][...], (1, 1)))
-                where = tiles.sinks_seen(score.shape, first + row, ranges, 0)
-                found.append((jnp.where(where, score, MASKED), sink_refs[1], slice(None)))
-            return found
-
-        def weigh(row, found):
-            top = _row_max([score for score, _, _ in found])
-            if sink is not None:
-                top = jnp.maximum(top, sink)
-            values = [ref[at, :] for _, ref, at in found]
-            total, acc = _gather(static, [score for score, _, _ in found], values, top)
-            at = slice(row, row + rows)
-            _finish(static, out_ref, lse_ref, at, top, total, sink, acc)
-
-        tiles.staged(range(0, block, rows), scores, weigh)
-
-    short = min(-(-reach // block), blocks)  # blocks whose span begins at key 0
-    for n in range(short):
-        pl.when(i == n)(partial(body, n * block, n * block))
-    if blocks > short:
-        pl.when(i >= short)(partial(body, reach, i * block))
-
-
-def _loop_kernel(
-    static, G, block, sinks_ref, q_ref, k_ref, v_ref, out_ref, lse_ref, scaled, tops, totals, accs
-):
-    """The diagonal first, which needs no state, then every chunk of keys before it."""
-    ranges, width = static.ranges, static.blocks.keys
-    rows = math.gcd(static.blocks.rows, block)
-    chunk = tiles.chunk_size(static, block)
-    first = pl.program_id(2) * block
-    sink = _sink(static, G, sinks_ref)
-    starts = range(0, block, rows)
-    scaled[...] = static.folded(q_ref[...])
-
-    def score_at(row, start, size):
-        keys = k_ref[pl.ds(start, size), :]
-        return static.capped(dot(scaled[row : row + rows, :], keys, (1, 1)))[0]
-
-    def values_at(start, size):
-        return v_ref[pl.ds(start, size), :]
-
-    def diagonal(row):
-        found = []
-        for start, end, is_partial in tiles.key_pieces(row, rows, 0, None, width):
-            score = score_at(row, pl.multiple_of(first + start, GRAIN), end - start)
-            if is_partial:
-                score = jnp.where(tiles.seen(score.shape, row - start, None, 0), score, MASKED)
-            found.append((score, start, end))
-        return found
-
-    def begin(row, found):
-        at = slice(row, row + rows)
-        top = _row_max([score for score, _, _ in found])
-        if sink is not None:
-            top = jnp.maximum(top, sink)
-        values = [values_at(pl.multiple_of(first + x, GRAIN), y - x) for _, x, y in found]
-        tops[at, :] = jnp.broadcast_to(top, (rows, GRAIN))
-        totals[at, :], accs[at, :] = _gather(static, [score for score, _, _ in found], values, top)
-
-    tiles.staged(starts, diagonal, begin)
-
-    def absorb(start, size, where_of=None):
-        """`size` keys from `start` on, all visible unless `where_of(row, first key, shape)` says which."""
-        cuts = [(x, min(x + width, size)) for x in range(0, size, width)]
-
-        def scores(row):
-            found = []
-            for x, y in cuts:
-                at = pl.multiple_of(start + x, GRAIN)
-                score = score_at(row, at, y - x)
-                if where_of is not None:
-                    score = jnp.where(where_of(row, at, score.shape), score, MASKED)
-                found.append((score, at, y - x))
-            return found
-
-        def weigh(row, found):
-            at = slice(row, row + rows)
-            old = tops[at, :]  # the same in all its lanes: to spread a column costs more
-            top = jnp.maximum(old, _row_max([score for score, _, _ in found]))
-            rescale = jnp.exp2(old - top)
-            values = [values_at(x, n) for _, x, n in found]
-            total, acc = _gather(static, [score for score, _, _ in found], values, top)
-            tops[at, :] = top
-            totals[at, :] = rescale * totals[at, :] + total
-            accs[at, :] = tiles.lanes(rescale, acc.shape[1]) * accs[at, :] + acc
-
-        tiles.staged(starts, scores, weigh)
-
-    low, full, end = chunks_of(first, block, chunk, ranges.window)
-
-    def near(row, key, shape):
-        return tiles.distances(shape, first + row - key, 0) < ranges.window
-
-    if ranges.window is not None:
-        jax.lax.fori_loop(low, full, lambda j, _: absorb(j * chunk, chunk, near), None)
-    jax.lax.fori_loop(full, end, lambda j, _: absorb(j * chunk, chunk), None)
-    if ranges.num_sink_tokens:
-
-        @pl.when(first + block > ranges.window)
-        def _():
-            absorb(
-                0,
-                GRAIN,
-                lambda row, key, shape: tiles.sinks_seen(shape, first + row, ranges, 0),
-            )
-
-    for row in starts:
-        at = slice(row, row + rows)
-        top = tops[at, :]
-        if not static.blocks.wide_matmuls:
-            top = top[:, :1]
-        _finish(static, out_ref, lse_ref, at, top, totals[at, :], sink, accs[at, :])
-
-
-def chunks_of(first, block: int, chunk: int, window: int | None):
-    """Chunks of keys before a query block: [low, full) at the edge of the window, [full, end) full.
-
-    `lax.div`, not `//`: the sign that it asks for cannot be lowered where no TPU is.
-    """
-    end = jax.lax.div(first, chunk)
-    if window is None:
-        return 0, 0, end
-    low = jax.lax.div(jnp.maximum(first - (window - 1), 0), chunk)
-    full = jax.lax.div(jnp.maximum(first + block - window, 0) + (chunk - 1), chunk)
-    return low, jnp.minimum(full, end), end
+def _keys_of(plan: Plan, x: jax.Array) -> jax.Array:
+    """Keys or values from the first one that is needed, with as many slots as the blocks reach."""
+    return tiles.pad_axis(x[:, :, plan.base :] if plan.base else x, plan.keys, 2)

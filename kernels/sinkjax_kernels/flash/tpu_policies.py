@@ -5,7 +5,7 @@ kernel has all scores of a row before it weighs one (or, in its loop, those of a
 
     top = max(policy.start(sink), scores)                     # where `has_top`
     numerators, counted = policy.terms(scores, top)           # out = numerators @ V / denominator
-    denominator = policy.denominator(sum(counted), top, sink) # where `divides`
+    denominator = policy.denominator(sum(counted), top, sink) # where `has_top`
 
 and the backward kernel recomputes weights from the logarithm of the denominator in base 2:
 
@@ -26,6 +26,8 @@ from sinkjax_kernels import normalizers
 LOG2_E = math.log2(math.e)
 MASKED = -0.7 * float(np.finfo(np.float32).max)  # not −inf: −inf − −inf would be NaN
 
+TINY = 1e-30  # of a denominator that is nothing: the numerators are 0 then
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpSum:
@@ -35,6 +37,7 @@ class ExpSum:
     hidden = MASKED
     has_top = True  # a running maximum, and a denominator
     counts_numerators = True  # what is summed is what multiplies the values
+    is_smooth = True  # the slope of a weight does not jump
 
     def start(self, sink):
         """What the maximum begins with, in the unit of the scores; None is nothing."""
@@ -69,6 +72,7 @@ class Rectified:
     hidden = 0.0  # e^0 − 1 counts nothing
     has_top = True
     counts_numerators = False
+    is_smooth = False
 
     def start(self, sink):
         return 0.0
@@ -83,7 +87,7 @@ class Rectified:
         return positive, jnp.abs(excess) if self.counts_negative else positive
 
     def denominator(self, total, top, sink):
-        return total + self.epsilon * jnp.exp2(-top)
+        return jnp.maximum(total + self.epsilon * jnp.exp2(-top), TINY)
 
     def slopes(self, score, log_denominator):
         weight = jnp.maximum(self._excess(score, log_denominator), 0)
@@ -105,12 +109,16 @@ class Sigmoid:
     hidden = MASKED
     has_top = False
     counts_numerators = False
+    is_smooth = True
 
     def start(self, sink):
         return None
 
     def terms(self, score, top):
         return 0.5 + 0.5 * jnp.tanh(score + 0.5 * self.bias), None
+
+    def denominator(self, total, top, sink):
+        return None
 
     def slopes(self, score, log_denominator):
         weight, _ = self.terms(score, None)
@@ -130,12 +138,16 @@ class Relu:
     hidden = 0.0
     has_top = False
     counts_numerators = False
+    is_smooth = False
 
     def start(self, sink):
         return None
 
     def terms(self, score, top):
         return jnp.maximum(score, 0) * (1 / self.divisor), None
+
+    def denominator(self, total, top, sink):
+        return None
 
     def slopes(self, score, log_denominator):
         return self.terms(score, None)[0], jnp.where(score > 0, 1 / self.divisor, 0.0)

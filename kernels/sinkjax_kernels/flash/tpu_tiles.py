@@ -3,6 +3,18 @@
 A window kernel sees the keys of a query block as one *span*: the block itself and `reach` keys before
 it. Coordinates are relative to the first query of the block; which 128 × 128 tile is full, partial or
 empty is then the same for every block but the first few, and known while tracing.
+
+The two passes are
+
+    forward(static, query, key, value, sinks, starts) -> out [B, N, T, Hv], log_denominator [B, N, 1, T]
+    backward(static, query, key, value, d_out, log_denominator, delta, starts) -> dq, dk, dv
+
+with arrays `[B, N or K, T, H]`. The logarithm is natural; it and delta (D − dL, `[B, N, 1, T]`) are
+None where `not static.policy.has_top`. `starts` is None, or `segments.starts_of` the ids `[B, 1, T]` in
+packed rows (`static.ranges.has_segments`): then every tile hides the keys before
+`segments.first_keys` of its queries, and the sink tokens outside the window come as a tile per query
+block, `segments.sink_tiles`. The backward pass has no offset: its caller puts as many queries without a
+gradient in front.
 """
 
 import dataclasses
@@ -38,10 +50,14 @@ class Static:
 
     @property
     def fold(self) -> float:
-        """What a query is multiplied with: scores come out times `policy.base`, or for tanh."""
-        if self.soft_cap is None:
+        """What a query is multiplied with, so that scores come out times `policy.base`.
+
+        1 where the rounding of a bfloat16 query would tell: under a soft cap, which multiplies
+        anyway, and at the kink of a normaliser.
+        """
+        if self.soft_cap is None and self.policy.is_smooth:
             return self.scale * self.policy.base
-        return self.scale / self.soft_cap
+        return 1.0
 
     def folded(self, query):
         return (query.astype(jnp.float32) * self.fold).astype(query.dtype)
@@ -49,8 +65,9 @@ class Static:
     def capped(self, scores):
         """Logits times `policy.base`, and the slope of the soft cap or None."""
         if self.soft_cap is None:
-            return scores, None
-        squashed = jnp.tanh(scores)
+            rest = self.scale * self.policy.base / self.fold
+            return scores if self.policy.is_smooth else scores * rest, None
+        squashed = jnp.tanh(scores * (self.scale / self.soft_cap))
         return squashed * (self.soft_cap * self.policy.base), 1 - squashed * squashed
 
 
@@ -74,8 +91,10 @@ def layout(ranges: Ranges, length: int, most: int) -> tuple[bool, int]:
 
     Each block before the first whole window needs a body of its own, which bounds the program: spans
     of wider windows, and causal ones, loop over full chunks. Those want blocks of full size; a span
-    divides evenly, so that little is padded.
+    divides evenly, so that little is padded. In packed rows the sink tokens of a block are one tile.
     """
+    if ranges.has_segments and ranges.window is not None and ranges.num_sink_tokens:
+        most = min(most, GRAIN // ranges.num_sink_tokens * ranges.window // GRAIN * GRAIN)
     block = min(most, up(length))
     if ranges.window is None or reach(ranges.window) > max(2 * block, 2 * GRAIN):
         return False, block
@@ -83,11 +102,30 @@ def layout(ranges: Ranges, length: int, most: int) -> tuple[bool, int]:
 
 
 def chunk_size(static: Static, block: int) -> int:
-    """Keys of one turn of the loops; a window has two of them, so half keeps the program short."""
+    """Keys of one turn of the loops; edges need a loop of their own, so half keeps the program short."""
     size = static.blocks.chunk
-    if static.ranges.window is not None:
+    if static.ranges.window is not None or static.ranges.has_segments:
         size = up(size // 2)
     return math.gcd(size, block)
+
+
+def chunks_of(first, block: int, chunk: int, window: int | None):
+    """Chunks of keys before a query block: [low, full) at the edge of the window, [full, end) full.
+
+    `lax.div`, not `//`: the sign that it asks for cannot be lowered where no TPU is.
+    """
+    end = jax.lax.div(first, chunk)
+    if window is None:
+        return 0, 0, end
+    low = jax.lax.div(jnp.maximum(first - (window - 1), 0), chunk)
+    full = jax.lax.div(jnp.maximum(first + block - window, 0) + (chunk - 1), chunk)
+    return low, jnp.minimum(full, end), end
+
+
+def chunks_from(first, chunk: int, low, full):
+    """The same in packed rows, from the first keys of the block's first and last query."""
+    end = jax.lax.div(first, chunk)
+    return jax.lax.div(low, chunk), jnp.minimum(jax.lax.div(full + (chunk - 1), chunk), end), end
 
 
 def dot(a, b, contract: tuple[int, int]):
@@ -102,17 +140,17 @@ def dot(a, b, contract: tuple[int, int]):
     )
 
 
-def staged(items: Sequence, first: Callable, second: Callable) -> None:
-    """`second(item, first(item))` of each, the first stage of the next item emitted ahead.
+def staged(items: Sequence, first: Callable, second: Callable, ahead: int = 1) -> None:
+    """`second(item, first(item))` of each, the first stage of the next `ahead` items emitted before.
 
     Why: the compiler schedules in program order; matmuls of the next item then run under the
     exponentials of this one (10–20 % of the bundles of a windowed kernel).
     """
-    ahead = first(items[0]) if items else None
+    waiting = [first(item) for item in items[:ahead]]
     for n, item in enumerate(items):
-        now = ahead
-        if n + 1 < len(items):
-            ahead = first(items[n + 1])
+        now = waiting.pop(0)
+        if n + ahead < len(items):
+            waiting.append(first(items[n + ahead]))
         second(item, now)
 
 
@@ -158,6 +196,35 @@ def sinks_seen(shape: tuple[int, int], first_query, ranges: Ranges, query_axis: 
     keys = jax.lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
     far = distances(shape, first_query, query_axis) >= ranges.window
     return far & (keys < ranges.num_sink_tokens)
+
+
+def sinks_between(shape: tuple[int, int], first_query, seen_by):
+    """Visible pairs of a gathered sink tile, queries × keys; `segments.SinkTiles` as `[2, 128]`."""
+    queries = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first_query
+    return (queries >= seen_by[0:1, :]) & (queries < seen_by[1:2, :])
+
+
+def not_before(shape: tuple[int, int], first_key, low):
+    """Pairs, queries × keys, whose key is not before the first one of its query, a column."""
+    keys = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    return keys >= lanes(low - first_key, shape[1])
+
+
+def spread_once(row_ref, column_ref) -> None:
+    """A compact row as columns that are the same in all lanes, for all heads of a group."""
+
+    @pl.when(pl.program_id(3) == 0)
+    def _():
+        for x in range(0, row_ref.shape[1], GRAIN):
+            part = jnp.broadcast_to(row_ref[:, x : x + GRAIN], (GRAIN, GRAIN))
+            column_ref[x : x + GRAIN, :] = part.T
+
+
+def tall(x):
+    """A tile of 128 rows, zeros below what there is."""
+    if x.shape[0] == GRAIN:
+        return x
+    return join([x, jnp.zeros((GRAIN - x.shape[0], x.shape[1]), x.dtype)], 0)
 
 
 def join(tiles: Sequence, axis: int):

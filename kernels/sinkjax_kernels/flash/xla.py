@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 from sinkjax_kernels import normalizers
 from sinkjax_kernels.flash.families import Family, family_of, fold_params
 from sinkjax_kernels.masks import Visibility
+from sinkjax_kernels.varying import as_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,11 @@ class _Static:
     soft_cap: float | None
     block_q: int
     block_k: int
+
+
+def check(*, normalizer: normalizers.Normalizer, **call) -> None:
+    """Raises `NotImplementedError` for a normaliser without an online algorithm."""
+    family_of(normalizer)
 
 
 def attention(
@@ -187,7 +193,8 @@ def _forward(static, query, key, value, bias, mask, visibility, sinks):
             return tiles.where_visible(i, j, visit, carry)
 
         acc = jnp.zeros((*rows, value.shape[-1]), dtype)
-        state, acc = _loop(0, tiles.columns, column_block, (family.start(sink, rows, dtype), acc))
+        begin = as_in((family.start(sink, rows, dtype), acc), (query, key, value))
+        state, acc = _loop(0, tiles.columns, column_block, begin)
         denominator, inverse = family.finish(state)
         return (acc * inverse[..., None]).astype(query.dtype), denominator
 
@@ -243,13 +250,13 @@ def _backward_rule(static, residuals, cotangents):
             return tiles.where_visible(i, j, visit, carry)
 
         dq, dk, dv, db = carry
-        block = jnp.zeros((*dq.shape[:3], static.block_q, dq.shape[-1]), dtype)
+        block = as_in(jnp.zeros((*dq.shape[:3], static.block_q, dq.shape[-1]), dtype), dq)
         block, dk, dv, db = _loop(0, tiles.columns, column_block, (block, dk, dv, db))
         return jax.lax.dynamic_update_slice_in_dim(dq, block, i * static.block_q, 3), dk, dv, db
 
     operands = (query, key, value, bias)
     zeros = tuple(None if x is None else jnp.zeros(x.shape, dtype) for x in operands)
-    grads = _loop(0, tiles.rows, row_block, zeros)
+    grads = _loop(0, tiles.rows, row_block, as_in(zeros, operands))
     dq, dk, dv, db = (
         None if x is None else x.astype(like.dtype) for x, like in zip(grads, operands, strict=True)
     )

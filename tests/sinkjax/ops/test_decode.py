@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from sinkjax.ops import decode
-from sinkjax.ops.decode import decode_attention
+from sinkjax.ops.decode import decode_attention, decode_step
+from sinkjax.ops.dispatch import Implementation
 
 B, T, S, N, K, H = 2, 3, 7, 6, 2, 4
 
@@ -57,8 +58,8 @@ def test_residual():
             "normalizer_params\\['scale'\\]: expected \\[N=6\\], got \\(2,\\)",
         ),
         ({"logits_soft_cap": 0.0}, "logits_soft_cap: expected more than 0"),
-        ({"implementation": "cuda"}, "implementation: expected one of reference"),
-        ({"implementation": ()}, "implementation: expected one of reference"),
+        ({"implementation": "cuda"}, "implementation: expected one of .*reference.* got 'cuda'"),
+        ({"implementation": ()}, "implementation: expected one of .*reference"),
         ({"query": jnp.zeros((B, T, 5, H))}, "got N=5, K=2"),
     ],
 )
@@ -79,14 +80,39 @@ def test_bad_bias():
 
 
 def test_dispatch_falls_through_and_lists_reasons(monkeypatch):
-    def unable(*args, **options):
+    def check(**call):
         raise NotImplementedError("needs a TPU")
 
-    monkeypatch.setitem(decode._KERNELS, "tpu", unable)
-    monkeypatch.setitem(decode._KERNELS, "gpu", unable)
+    for name in ("tpu", "gpu"):
+        monkeypatch.setitem(decode.IMPLEMENTATIONS, name, Implementation(print, check))
     np.testing.assert_array_equal(call(implementation=("tpu", "reference")), call())
     with pytest.raises(NotImplementedError, match="needs a TPU"):
         call(implementation="tpu")
     with pytest.raises(ExceptionGroup) as group:
         call(implementation=("tpu", "gpu"))
     assert len(group.value.exceptions) == 2
+
+
+def test_a_step_writes_and_attends():
+    draw = np.random.default_rng(1).standard_normal
+    new_key, new_value = (jnp.asarray(draw((B, 1, K, H)), jnp.float32) for _ in range(2))
+    leaves = [jnp.asarray(draw((B, K, S, H)), jnp.float32) for _ in range(2)]
+    positions = {
+        "query_positions": jnp.full((B, 1), S),
+        "key_positions": jnp.broadcast_to(jnp.arange(S), (B, S)).at[0, 2].set(S),
+        "sinks": jnp.zeros(N),
+    }
+    query = jnp.asarray(draw((B, 1, N, H)), jnp.float32)
+    slots = jnp.array([2, -1])  # the second row writes nothing
+    step = decode_step(query, new_key, new_value, *leaves, slots=slots, **positions)
+    written = [
+        x.at[0, :, 2].set(n[0, 0]) for x, n in zip(leaves, (new_key, new_value), strict=True)
+    ]
+    np.testing.assert_array_equal(step.key, written[0])
+    np.testing.assert_array_equal(step.value, written[1])
+    out, lse = decode_attention(query, *written, return_residual=True, **positions)
+    np.testing.assert_allclose(step.out, out, atol=1e-6)
+    np.testing.assert_allclose(step.lse, lse, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="elu maps its keys"):
+        options = positions | {"sinks": None, "normalizer": "elu"}
+        decode_step(query, new_key, new_value, *leaves, slots=slots, **options)

@@ -127,7 +127,8 @@ def test_a_penalty_without_a_weight_is_not_computed(mesh):
         metrics = jax.eval_shape(step, state, _batch(0))[1]
         texts.append(str(jax.make_jaxpr(step)(state, _batch(0))))
         assert ("decorrelation" in metrics) == (penalties.decorrelation > 0)
-    assert "cummax" not in texts[0] and "cummax" in texts[1]
+    # Positions in a segment need one, the first token of each segment another.
+    assert texts[0].count("cummax") < texts[1].count("cummax")
 
 
 def test_the_seed_decides_the_parameters(mesh):

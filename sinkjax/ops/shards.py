@@ -1,0 +1,80 @@
+"""Run a function of attention operands on each device's part of them, inside `jax.shard_map`.
+
+Rows of the batch and heads do not see each other, so a mesh that cuts `data` and `model` needs no
+communication here; and a kernel cannot be cut by the compiler, which knows nothing of what is in it.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
+
+from sinkjax.sharding import constrain
+
+_AXIS_OF = {"B": "data", "N": "model", "K": "model"}
+
+
+def per_shard(
+    run: Callable[..., Any],
+    arrays: Mapping[str, Any],
+    letters: Mapping[str, str],
+    results: Any,
+    sizes: Mapping[str, int],
+    *,
+    may_repeat: bool = True,
+) -> Any:
+    """`run(arrays)`; on a mesh, each device for its own rows and heads.
+
+    Args:
+        arrays: operands by name, some of them trees of arrays.
+        letters: by name of an operand, or of a leaf of one: a letter for each dimension, such as "BSKH";
+            words for several ranks. A dimension of size 1 is shared by all.
+        results: tree with the letters of what comes out.
+        sizes: of B, N and K; what does not divide stays whole on every device.
+        may_repeat: repeat key heads that are fewer than the shards, so that each shard has its own.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind != AxisType.Manual
+    }
+    if not free:
+        return run(arrays)
+    K, shards = sizes["K"], free.get("model", 1)
+    copies = shards // K if may_repeat and shards % K == 0 else 1
+    cuts = set()
+    if sizes["B"] % free.get("data", 1) == 0:
+        cuts.add("data")
+    if sizes["N"] % shards == 0 and K * copies % shards == 0:
+        cuts.add("model")
+    cuts &= set(free)
+
+    def spec(names: str, shape: tuple[int, ...]) -> PartitionSpec:
+        axes = [_AXIS_OF.get(letter) for letter in names]
+        return PartitionSpec(
+            *(a if a in cuts and size != 1 else None for a, size in zip(axes, shape, strict=True))
+        )
+
+    def named(path, x) -> str:
+        keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
+        known = next(letters[key] for key in reversed(keys) if key in letters)
+        return next(word for word in known.split() if len(word) == x.ndim)
+
+    def place(path, x):
+        names = named(path, x)
+        axis = names.find("K")
+        if "model" in cuts and copies > 1 and axis >= 0 and x.shape[axis] == K:
+            x = jnp.repeat(x, copies, axis=axis)
+        return constrain(x, spec(names, x.shape))
+
+    placed = jax.tree_util.tree_map_with_path(place, arrays)
+    layout = jax.tree_util.tree_map_with_path(lambda p, x: spec(named(p, x), x.shape), placed)
+    return jax.shard_map(
+        run,
+        in_specs=(layout,),
+        out_specs=jax.tree.map(lambda names: spec(names, (0,) * len(names)), results),
+        axis_names=set(free),
+    )(placed)

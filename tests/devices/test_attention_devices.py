@@ -1,0 +1,77 @@
+"""Attention on a mesh: each device computes its rows and heads, and the numbers are those of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sinkjax.ops.attention import attention_statistics, dot_product_attention
+from sinkjax.sharding import make_mesh
+
+H, HV = 5, 3
+
+
+def operands(B, T, N, K):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    return {
+        "query": draw(B, T, N, H),
+        "key": draw(B, T, K, H),
+        "value": draw(B, T, K, HV),
+        "bias": draw(1, N, 1, T),
+        "sinks": draw(N),
+    }
+
+
+SEGMENTS = np.arange(11) // 6
+CASES = {
+    # sizes (B, T, N, K), mesh (data, model), options
+    "tiles": ((8, 270, 6, 2), (4, 2), {"local_window_size": (30, 0), "num_sink_tokens": 2}),
+    "packed": ((4, 11, 4, 2), (4, 2), {"query_segment_ids": SEGMENTS, "key_segment_ids": SEGMENTS}),
+    "fewer key heads than shards": ((2, 11, 8, 2), (2, 4), {}),
+    "nothing divides": ((3, 11, 5, 5), (4, 2), {}),
+    "one device": ((2, 11, 4, 2), (1, 1), {}),
+    "rows": ((4, 11, 2, 2), (4, 2), {"normalizer": "entmax15"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "explicit"), [("tiles", False), *((name, True) for name in CASES)]
+)
+def test_equals_one_device(name, explicit):
+    sizes, axes, options = CASES[name]
+    arrays = operands(*sizes)
+    if "normalizer" in options:
+        arrays.pop("sinks")
+
+    def loss(arrays):
+        query, key, value = (arrays[x] for x in ("query", "key", "value"))
+        named = {n: arrays[n] for n in ("bias", "sinks") if n in arrays} | options
+        out = dot_product_attention(query, key, value, is_causal=True, **named)
+        mass = attention_statistics(query, key, is_causal=True, **named).key_mass
+        return (out**2).sum(), (out, mass)
+
+    run = jax.value_and_grad(loss, has_aux=True)
+    want = jax.jit(run)(arrays)
+    with jax.set_mesh(make_mesh(*axes, explicit=explicit)):
+        got = jax.jit(run)(arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-5, atol=2e-5)
+
+
+def test_a_mesh_moves_no_keys():
+    """Each device has its own rows and heads: the program for 8 communicates nothing."""
+    arrays = operands(8, 11, 4, 2)
+
+    def run(query, key, value):
+        return dot_product_attention(query, key, value, is_causal=True)
+
+    mesh = make_mesh(4, 2)
+    layout = jax.NamedSharding(mesh, jax.P("data", None, "model", None))
+    placed = [jax.device_put(arrays[x], layout) for x in ("query", "key", "value")]
+    with jax.set_mesh(mesh):
+        text = jax.jit(run).lower(*placed).compile().as_text()
+    assert "all-" not in text and "collective" not in text
