@@ -32,8 +32,9 @@ CASES = {
     "tiles": ((8, 270, 6, 2), (4, 2), {"local_window_size": (30, 0), "num_sink_tokens": 2}),
     "packed": ((4, 11, 4, 2), (4, 2), {"query_segment_ids": SEGMENTS, "key_segment_ids": SEGMENTS}),
     "fewer key heads than shards": ((2, 11, 8, 2), (2, 4), {}),
-    "nothing divides": ((3, 11, 5, 5), (4, 2), {}),
+    "nothing divides": ((3, 11, 5, 5), (4, 2), {"normalizer": "softmax1"}),
     "one device": ((2, 11, 4, 2), (1, 1), {}),
+    "a constant sink": ((4, 11, 2, 2), (4, 2), {"normalizer": "softmax1"}),
     "rows": ((4, 11, 2, 2), (4, 2), {"normalizer": "entmax15"}),
 }
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from sinkjax_kernels import normalizers
 from sinkjax_kernels.flash.families import Family, family_of, fold_params
 from sinkjax_kernels.masks import Visibility
-from sinkjax_kernels.varying import as_in
+from sinkjax_kernels.varying import alike, as_in
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,11 @@ def attention(
     keys, values = (
         jnp.pad(x, [(0, 0), (0, more_k), (0, 0), (0, 0)]).swapaxes(1, 2) for x in (key, value)
     )
-    results: Any = _blockwise(
-        static, tokens(query, more_q), keys, values, square(bias), square(mask),
+    operands = alike((
+        tokens(query, more_q), keys, values, square(bias), square(mask),
         visibility.pad(more_q, more_k), sinks,
-    )  # fmt: skip
+    ))  # fmt: skip
+    results: Any = _blockwise(static, *operands)
     out, lse = results
     out = jnp.moveaxis(out[:, :, :, :T], 3, 1).reshape(B, T, N, value.shape[-1])
     if factor is not None:
