@@ -330,7 +330,7 @@ BAD = [
     (dict(key_positions=jnp.zeros((B, N, S), int)), "key_positions: expected [2, 3, 11], got [2, 6, 11]"),
     (dict(key_value_seq_lengths=jnp.array([3])), "key_value_seq_lengths: expected 2 integers"),
     (dict(logits_soft_cap=0.0), "logits_soft_cap: expected a number above 0, got 0.0"),
-    (dict(implementation="cuda"), "implementation: expected one of ['xla', 'rows', 'reference'], got 'cuda'"),
+    (dict(implementation="cuda"), "'xla', 'rows', 'reference'], or several, got 'cuda'"),
 ]  # fmt: skip
 
 
