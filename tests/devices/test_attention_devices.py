@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sinkjax.ops.attention import attention_statistics, dot_product_attention
+from sinkjax.ops.decode import decode_step
 from sinkjax.sharding import make_mesh
 
 H, HV = 5, 3
@@ -76,3 +77,29 @@ def test_a_mesh_moves_no_keys():
     with jax.set_mesh(mesh):
         text = jax.jit(run).lower(*placed).compile().as_text()
     assert "all-" not in text and "collective" not in text
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1)], ids=["cut", "key heads stay whole"])
+def test_a_decode_step_equals_that_of_one_device(heads):
+    (N, K), B, S = heads, 4, 7
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    arrays = {
+        "query": draw(B, 1, N, H),
+        "new_key": draw(B, 1, K, H),
+        "new_value": draw(B, 1, K, HV),
+        "key": draw(B, K, S, H),
+        "value": draw(B, K, S, HV),
+        "slots": jnp.arange(B),
+        "query_positions": jnp.full((B, 1), S),
+        "key_positions": jnp.where(jnp.arange(S) == jnp.arange(B)[:, None], S, jnp.arange(S)),
+        "sinks": draw(N),
+    }
+    want = jax.jit(lambda x: decode_step(**x))(arrays)
+    with jax.set_mesh(make_mesh(2, 2)):
+        got = jax.jit(lambda x: decode_step(**x))(arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-6, atol=2e-6)
