@@ -314,7 +314,7 @@ def test_what_is_not_served_says_why():
         "logits_soft_cap": {"more": {"logits_soft_cap": 20.0}},
         "per token": {"sinks": jnp.zeros((3, 256, 8))},
         "got softpick": {"more": {"normalizer": normalizers.Softpick()}},
-        "float32": {"arrays": shapes(dtype=jnp.float32)},
+        "got float32": {"arrays": shapes(dtype=jnp.float32)},
         "multiples of 8 up to 128": {"arrays": shapes(H=136)},
         "head size": {"arrays": shapes(H=68)},
         "127 queries": {"T": 127},

@@ -432,10 +432,10 @@ def test_what_is_not_served_says_why():
                 "normalizer_params": {"bias": jnp.zeros(4)},
             }
         },
-        "float32, bfloat16": {"k": k.astype("bfloat16")},
+        "got float32, bfloat16, float32": {"k": k.astype("bfloat16")},
         "head size.*257": {"q": jnp.zeros((1, 131, 4, 257)), "k": jnp.zeros((1, 131, 2, 257))},
         "fewer keys": {"k": k[:, :9], "v": v[:, :9]},
-        "fewer than 128 queries": {"q": q[:, :127]},
+        "127 queries are less than a tile": {"q": q[:, :127]},
         "batch and heads": {
             "q": jnp.zeros((16384, 131, 4, 1)),
             **{x: jnp.zeros((16384, 131, 2, 1)) for x in "kv"},

@@ -12,14 +12,12 @@ from jaxtyping import Array, Bool, Float
 from sinkjax_kernels import normalizers
 from sinkjax_kernels.flash.cudnn_calls import Cudnn
 from sinkjax_kernels.flash.cudnn_sinks import attend
+from sinkjax_kernels.flash.refusals import check_operands
 from sinkjax_kernels.masks import Visibility
 from sinkjax_kernels.varying import alike
 
 LARGEST_HEAD = 128
 """Of every GPU that cuDNN's fused attention runs on; Hopper and later take 256."""
-
-SHORTEST = 128
-"""Queries below which XLA is as fast."""
 
 
 def attention(
@@ -85,38 +83,24 @@ def check(
         NotImplementedError: it does not, with the reason and what does.
         ValueError: shapes that do not go together.
     """
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    if key.shape != (B, S, K, H) or value.shape[:3] != (B, S, K) or N % K:
-        raise ValueError(
-            f"query, key, value: expected [B, T, N, H], [B, S, K, H], [B, S, K, H] with N a multiple "
-            f"of K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
+    check_operands(query, key, value, bias, mask, normalizer_params, dtypes=("bfloat16", "float16"))
+    T, H, S = query.shape[1], query.shape[3], key.shape[1]
     if value.shape[3] != H or H % 8 or H > largest_head:
         raise NotImplementedError(
             f"head size: multiples of 8 up to {largest_head}, the same for keys and values, got {H} "
             f"and {value.shape[3]}; `flash.pallas_gpu` or `flash.xla` serves others"
         )
-    if T < SHORTEST:
-        raise NotImplementedError(f"{T} queries: XLA is as fast below {SHORTEST}; use `flash.xla`")
     kinds = (normalizers.Softmax, normalizers.Softmax1, normalizers.SoftmaxN)
-    if not isinstance(normalizer, kinds) or normalizer_params:
+    if not isinstance(normalizer, kinds):
         raise NotImplementedError(
             f"normalizer: softmax, softmax1 and softmax_n have a log-sum-exp to add a sink to, got "
             f"{normalizer}; `flash.pallas_gpu`, `flash.xla` or `flash.rows` serves it"
         )
-    for name, x in (("bias", bias), ("mask", mask), ("logits_soft_cap", logits_soft_cap)):
-        if x is not None:
-            raise NotImplementedError(f"{name}: cuDNN is given none here; `flash.xla` serves it")
+    if logits_soft_cap is not None:
+        raise NotImplementedError("logits_soft_cap: cuDNN has none; `flash.xla` serves it")
     if sinks is not None and sinks.ndim != 1:
         raise NotImplementedError(
             "sinks: one logit per head is built, not one per token; `flash.xla` serves it"
-        )
-    dtypes = {x.dtype for x in (query, key, value)}
-    if len(dtypes) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            "query, key, value: all bfloat16 or all float16, got "
-            f"{query.dtype}, {key.dtype}, {value.dtype}; `flash.pallas_gpu` or `flash.xla` serves them"
         )
     _window(visibility, T, S)
 

@@ -26,11 +26,11 @@ from sinkjax_kernels.flash.gpu_policies import policy_of
 from sinkjax_kernels.flash.gpu_sinks import add_far_queries
 from sinkjax_kernels.flash.gpu_tiles import Static
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
+from sinkjax_kernels.flash.refusals import check_operands
 from sinkjax_kernels.masks import Visibility
 from sinkjax_kernels.varying import alike
 
 LARGEST_HEAD = 256
-SHORTEST = 128
 LARGEST_GRID = 65535
 """Of the second and third axis of a CUDA grid."""
 
@@ -109,32 +109,16 @@ def _ranges(
     query, key, value, bias, mask, visibility, sinks, normalizer, normalizer_params, interpret
 ) -> Ranges:
     """The mask of a call that these kernels serve; raises for another."""
-    B, T, N, H = query.shape
-    S, K = key.shape[1:3]
-    if key.shape != (B, S, K, H) or value.shape[:3] != (B, S, K) or N % K:
-        raise ValueError(
-            f"query, key, value: expected [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple "
-            f"of K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
+    check_operands(
+        query, key, value, bias, mask, normalizer_params,
+        dtypes=("float32", "bfloat16", "float16"), interpret=interpret,
+    )  # fmt: skip
+    (B, T, N, H), S = query.shape, key.shape[1]
     if sinks is not None and sinks.shape not in ((N,), (B, T, N)):
         raise ValueError(f"sinks: expected {[N]} or {[B, T, N]}, got {list(sinks.shape)}")
     if sinks is not None and not normalizer.takes_sinks:
         raise ValueError(f"sinks: only softmax takes sink logits, got normalizer {normalizer}")
     policy_of(normalizer)
-    if normalizer_params:
-        raise NotImplementedError(
-            f"normalizer_params: learned leaves ({', '.join(normalizer_params)}) are not built; "
-            "`flash.xla` serves them"
-        )
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None:
-            raise NotImplementedError(f"{name}: arrays are not read; `flash.xla` serves them")
-    dtypes = [x.dtype for x in (query, key, value)]
-    if len(set(dtypes)) > 1 or dtypes[0] not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(
-            "query, key, value: all float32, all bfloat16 or all float16 are built, got "
-            f"{', '.join(map(str, dtypes))}; `flash.xla` serves them"
-        )
     if max(H, value.shape[-1]) > LARGEST_HEAD:
         raise NotImplementedError(
             f"head size: at most {LARGEST_HEAD}, got {H} and {value.shape[-1]}; "
@@ -145,10 +129,6 @@ def _ranges(
         raise NotImplementedError(
             f"key: fewer keys ({S}) than the last query's position ({ranges.offset + T}) are not built; "
             "`flash.xla` serves them"
-        )
-    if T < SHORTEST and not interpret:
-        raise NotImplementedError(
-            f"query: fewer than {SHORTEST} queries, got {T}, are as fast in `flash.xla`"
         )
     if B * N > LARGEST_GRID:
         raise NotImplementedError(

@@ -18,6 +18,7 @@ from sinkjax_kernels import normalizers, varying
 from sinkjax_kernels.flash import segments
 from sinkjax_kernels.flash import tpu_tiles as tiles
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
+from sinkjax_kernels.flash.refusals import check_operands
 from sinkjax_kernels.flash.tpu_backward import backward
 from sinkjax_kernels.flash.tpu_blocks import Blocks, blocks_here
 from sinkjax_kernels.flash.tpu_forward import forward
@@ -103,34 +104,15 @@ def check(
         NotImplementedError: it does not, with the reason and what does.
         ValueError: shapes that do not go together.
     """
-    B, T, N, H = query.shape
-    S, K, Hv = value.shape[1:]
-    if key.shape != (B, S, K, H) or value.shape[0] != B or N % K:
-        raise ValueError(
-            f"query, key, value: expected [B, T, N, H], [B, S, K, H], [B, S, K, Hv] with N a multiple "
-            f"of K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    if T < tiles.GRAIN and not interpret:
-        raise NotImplementedError(
-            f"query: {T} queries are less than a tile of {tiles.GRAIN}, `flash.xla` is as fast there"
-        )
-    if normalizer_params:
-        raise NotImplementedError(
-            "normalizer_params: learned leaves are not built; `flash.xla` serves them"
-        )
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None:
-            raise NotImplementedError(f"{name}: arrays are not read; `flash.xla` serves them")
+    check_operands(
+        query, key, value, bias, mask, normalizer_params,
+        dtypes=("float32", "bfloat16"), interpret=interpret,
+    )  # fmt: skip
     if sinks is not None and len(sinks.shape) != 1:
         raise NotImplementedError(
             "sinks: one logit per head is built, not one per token; `flash.xla` serves it"
         )
-    dtypes = {x.dtype for x in (query, key, value)}
-    if len(dtypes) > 1 or query.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            "query, key, value: all float32 or all bfloat16 are built, got "
-            f"{query.dtype}, {key.dtype}, {value.dtype}; `flash.xla` serves them"
-        )
+    T, H, S, Hv = query.shape[1], query.shape[3], *value.shape[1::2]
     if max(H, Hv) > LARGEST_HEAD:
         raise NotImplementedError(
             f"head size: at most {LARGEST_HEAD}, got {H} and {Hv}; `flash.xla` serves more"
