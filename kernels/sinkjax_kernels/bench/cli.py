@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "schedule",
         "static cycles of our TPU kernels and of splash attention, without a TPU",
     )
-    _choices(schedule, "chip", [c.name for c in chips.TPUS])
+    # How long tpu7x takes to branch is inferred, and some of its programs cannot be followed yet.
+    names = [c.name for c in chips.TPUS]
+    _choices(schedule, "chip", names, default=[n for n in names if n != "tpu7x"])
     _processes(schedule)
     blocks = _command(
         commands, _splash_blocks, "splash-blocks", "find splash's best block sizes (half an hour)"
@@ -60,10 +62,11 @@ def _command(commands, run: Callable[..., int], name: str, text: str) -> argpars
     return parser
 
 
-def _choices(parser: argparse.ArgumentParser, name: str, values: list[str]) -> None:
+def _choices(parser, name: str, values: list[str], default: list[str] | None = None) -> None:
+    chosen = "all" if default is None else ", ".join(default)
     parser.add_argument(
-        f"--{name}", nargs="+", metavar="NAME", choices=values, default=values,
-        help=f"all by default: {', '.join(values)}",
+        f"--{name}", nargs="+", metavar="NAME", choices=values, default=default or values,
+        help=f"of {', '.join(values)}; {chosen} by default",
     )  # fmt: skip
 
 
