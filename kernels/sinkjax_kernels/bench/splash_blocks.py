@@ -18,6 +18,14 @@ _SWEPT = {
     ("v5e", "sink-window-8k"): (_MIDDLE, _MIDDLE, _TALL),
     ("v5e", "sink-window-32k"): (_MIDDLE, _MIDDLE, _LARGE),
     ("v5e", "sink-window-131k"): (_MIDDLE, _MIDDLE, _LARGE),
+    ("v5e", "window-1024-8k"): (_MIDDLE, _MIDDLE, _MIDDLE),
+    ("v5p", "causal-8k"): (_LARGE, _LARGE, _LARGE),
+    ("v5p", "causal-16k"): (_LARGE, _LARGE, _LARGE),
+    ("v5p", "sink-window-8k"): (_MIDDLE, _MIDDLE, _LARGE),
+    ("v5p", "sink-window-32k"): (_MIDDLE, _MIDDLE, _LARGE),
+    ("v5p", "sink-window-131k"): (_MIDDLE, _MIDDLE, _LARGE),
+    ("v5p", "window-1024-8k"): (_MIDDLE, _MIDDLE, _MIDDLE),
+    ("v6e", "window-1024-8k"): (_LARGE, _MIDDLE, _MIDDLE),
     ("v6e", "causal-8k"): (_LARGE, _LARGE, _LARGE),
     ("v6e", "causal-16k"): (_LARGE, _LARGE, _LARGE),
     ("v6e", "sink-window-8k"): (_MIDDLE, _MIDDLE, _LARGE),
@@ -26,12 +34,7 @@ _SWEPT = {
 }
 # Of 512 and 1024 alone, and without 512 × 1024, which is best of no case that was swept.
 _SWEPT_IN_PART = {
-    ("v5p", "causal-8k"): (_LARGE, _LARGE, _LARGE),
-    ("v5p", "causal-16k"): (_LARGE, _LARGE, _LARGE),
     ("v5p", "sink-window-4096-8k"): (_LARGE, _LARGE, _LARGE),
-    ("v5p", "sink-window-8k"): (_MIDDLE, _MIDDLE, _LARGE),
-    ("v5p", "sink-window-32k"): (_MIDDLE, _MIDDLE, _LARGE),
-    ("v5p", "sink-window-131k"): (_MIDDLE, _MIDDLE, _LARGE),
     ("v5e", "sink-window-128-8k"): (_MIDDLE, _MIDDLE, _TALL),
     ("v5e", "sink-window-4096-8k"): (_LARGE, _TALL, _LARGE),
     ("v5e", "gpt-oss-8k"): (_MIDDLE, _MIDDLE, _MIDDLE),
