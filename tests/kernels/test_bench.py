@@ -7,10 +7,25 @@ import re
 import numpy as np
 import pytest
 
-from sinkjax_kernels.bench import chips, cli, limits, llo, pool, schedule, splash, table, walk
+from sinkjax_kernels.bench import (
+    chips,
+    cli,
+    descent,
+    limits,
+    llo,
+    our_blocks,
+    pool,
+    schedule,
+    splash,
+    splash_blocks,
+    table,
+    walk,
+)
 from sinkjax_kernels.bench.worker import Built, Job, Kernel
 from sinkjax_kernels.cases import CASES, case
+from sinkjax_kernels.devices import TPUS
 from sinkjax_kernels.flash.ranges import Ranges
+from sinkjax_kernels.flash.tpu_blocks import BLOCKS, Blocks
 
 # A grid of five steps. The first two do what the third piece holds; a scalar is spilled and comes back; a
 # vector decides whether the last piece runs.
@@ -97,6 +112,58 @@ def test_what_is_not_understood_is_an_error(old, new, reason):
     assert text != SCHEDULE
     with pytest.raises(llo.ScheduleError, match=reason):
         followed(text)
+
+
+def jump_at_2(*following, back=False):
+    """A program of a loop (1 … end) whose bundle 2 jumps out, or back, before `following`."""
+    marks = {"jump": "%5 = sbr.rel (%p4_p0) target = $region5", "end": "{} /* End region 9 */"}
+    where = "$region9" if back else "$region5"
+    lines = [
+        "     0   :  { %s1_s0 = smov 0 } /* Start region 1 */",
+        "   0x1 LB: > { %s4_s2 = sphi %s1_s0, %s9_s9  ;;  %p4_p0 = scmp.lt.s32.totalorder %s4_s2, 3 }"
+        " /* Start region 9 */",
+        f"   0x2   : > {{ {marks['jump'].replace('$region5', where)} }}",
+    ]
+    lines += [f"{hex(n):>6} {text}" for n, text in enumerate(following, 3)]
+    lines.append(f"{hex(len(lines)):>6} PF:  {{ %9 = vsyncpa 1 }} /* Start/End empty region 5 */")
+    return "\n".join(lines), len(lines)
+
+
+EARLY = "  : > { %v1_v1 = vmov (!%p4_p0), 0.0  ;;  %s3_s3 = int_to_ptr.vmem [resolvable:$false] %s1_s0 }"
+LAST = "  : > { %s9_s9 = sadd.s32 1, %s4_s2 } /* End region 9 */"
+EMPTY, BODY = "  :  {}", "  : > { %v2_v2 = vld [vmem:[#allocation1]] }"
+
+
+@pytest.mark.parametrize(
+    ("following", "delay"),
+    [
+        ([EMPTY, BODY, BODY], 1),
+        ([EARLY, EMPTY, BODY, BODY], 2),
+        (
+            [EARLY, EMPTY, EMPTY, EARLY, EMPTY, BODY, BODY],
+            5,
+        ),  # an empty one between is of the delay
+        ([BODY, BODY, LAST, EARLY, EMPTY, BODY, BODY], 5),
+        ([BODY, BODY, BODY, BODY, BODY, LAST, BODY, BODY], 6),  # full: nothing closes it
+        ([EARLY] * 6 + [BODY], 6),
+        ([EARLY, EMPTY], 2),  # up to where it jumps to
+    ],
+)
+def test_a_delay_that_each_jump_has_for_itself(following, delay):
+    text, size = jump_at_2(*following)
+    program = llo.parse("kernel", text, utilization((), size), delay=None)
+    assert [b.end - b.bundle - 1 for b in program.branches.values()] == [delay]
+
+
+def test_a_delay_at_the_end_of_a_loop():
+    """Behind it another region ends soon, which is not the jump's."""
+    outer = "  :  { %7 = vsyncpa 2 } /* End region 1 */"
+    text, size = jump_at_2(BODY, LAST, EMPTY, outer, back=True)
+    program = llo.parse("kernel", text, utilization((), size), delay=None)
+    assert list(program.branches) == [6]
+    assert walk.walk(program).cycles == 1 + 4 * 5 + 2
+    with pytest.raises(llo.ScheduleError, match="no end of the delay of the jump at bundle 0x2"):
+        llo.parse("kernel", jump_at_2(BODY, BODY)[0], utilization((), 6), delay=None)
 
 
 def test_a_table_of_another_program_is_an_error():
@@ -284,6 +351,132 @@ def test_verdicts():
     assert [b.verdict for b in slow] == ["ok", "ok", "missed"]
 
 
+TURNS = ({"a": (1, 2, 3), "b": (1, 2)}, {"both": (False, True)})
+PARTS = {"forward": ("a", "both"), "backward": ("b", "both")}
+
+
+def costs(settings):
+    """Least at a = 2 and b = 1; `both` costs forward less than it saves backward, where b = 2 fails."""
+    a, b, both = settings["a"], settings["b"], settings["both"]
+    forward = 1 + 0.1 * abs(a - 2) + 0.02 * both
+    return {} if both and b == 2 else {"forward": forward, "backward": 0.9 + 0.1 * b - 0.05 * both}
+
+
+def descend(costs=costs, **start):
+    seen = []
+
+    def score(trials):
+        seen.extend(x for some in trials.values() for x in some)
+        return {chip: [costs(x) for x in some] for chip, some in trials.items()}
+
+    return descent.descend({"v5e": start}, TURNS, PARTS, score)["v5e"], seen
+
+
+def test_a_search_finds_the_least_of_each_part():
+    found, seen = descend(a=1, b=1, both=False)
+    assert found == {"a": 2, "b": 1, "both": True}
+    assert {"a": 2, "b": 2, "both": False} in seen  # one trial tells of a and of b
+    assert len(seen) == len({tuple(x.items()) for x in seen}) < 12  # of all settings there are 12
+    assert descend(a=3, b=2, both=False)[0] == found
+
+
+def test_a_search_stays_for_little_and_for_failures():
+    def little(x):
+        return {"forward": 1 - 0.004 * (x["a"] == 2), "backward": 1.0}
+
+    start = {"a": 1, "b": 1, "both": False}
+    assert descend(little, **start)[0] == start
+    assert (
+        descend(lambda x: {"forward": 1.0, "backward": 1.0} if x == start else {}, **start)[0]
+        == start
+    )
+
+
+def test_a_failure_of_one_part_is_not_the_others():
+    """a = 3 is best and b = 2 fails with whatever it is compiled."""
+
+    def only_a(x):
+        return {} if x["b"] == 2 else {"forward": 2 - 0.1 * x["a"], "backward": 1.0}
+
+    assert descend(only_a, a=1, b=1, both=False)[0] == {"a": 3, "b": 1, "both": False}
+
+
+def with_blocks(job):
+    """`ours()`, of which query = 512 makes the forward pass faster, rows = 512 its program too long."""
+    blocks = job.blocks
+    assert job.implementation == "sinkjax" and blocks is not None
+    if blocks["keys_backward"] == 512:
+        return "ValueError: no room"
+    cycles = 32 * (45_000 if blocks["query"] == 512 else 50_000 - 9000 * (blocks["rows"] == 512))
+    return ours(cycles, bundles=12_001 if blocks["rows"] == 512 else 900)
+
+
+def test_the_command_finds_our_blocks(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(pool, "compile_all", lambda jobs, *_: {
+        (chip, pool.key(job)): with_blocks(job) for chip, some in jobs.items() for job in some
+    })  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    arguments = ["blocks", "--case", SMALL.name, "--chip", "v5e", "--json", str(path)]
+    assert cli.main([*arguments, "--processes", "1"]) == 0
+    said = capsys.readouterr().out
+    best = dataclasses.replace(BLOCKS["v5e"], query=512)
+    assert f'    "v5e": {our_blocks.as_call(vars(best))},' in said
+    assert re.search(r"left out: .*rows=512.*: forward has 12,001 bundles", said)
+    assert re.search(r"left out: .*keys_backward=512.*no room", said)
+    forward, backward = (json.loads(line) for line in path.read_text().splitlines())
+    assert (forward["pass"], backward["pass"]) == ("forward", "backward")
+    assert (forward["cycles"], forward["cycles_shipped"]) == (45_000, 50_000)
+    assert Blocks(**forward["blocks"]) == best and backward["cycles"] == backward["cycles_shipped"]
+    monkeypatch.setattr(pool, "compile_all", lambda jobs, *_: {
+        (chip, pool.key(job)): "ValueError: no" for chip, some in jobs.items() for job in some
+    })  # fmt: skip
+    assert cli.main(["blocks", "--chip", "v5e"]) == 1
+    assert "sink-window-8k on v5e, shipped blocks: ValueError: no" in capsys.readouterr().out
+
+
+def test_blocks_are_written_as_the_table_has_them():
+    assert our_blocks.as_call(vars(Blocks())) == "Blocks()"
+    for blocks in BLOCKS.values():
+        assert eval(our_blocks.as_call(vars(blocks))) == blocks
+
+
+def test_the_shipped_blocks_are_of_all_chips_and_in_the_sweep():
+    assert set(BLOCKS) == {c.name for c in chips.TPUS} == set(TPUS.values())
+    values = {field: some for turn in our_blocks.TURNS for field, some in turn.items()}
+    assert set(values) == set(vars(Blocks()))
+    for blocks in BLOCKS.values():
+        assert all(x in values[field] for field, x in vars(blocks).items())
+    assert {field for fields in our_blocks.PARTS.values() for field in fields} == set(values)
+
+
+def test_splash_is_compared_at_sizes_that_were_swept(monkeypatch):
+    """All cases on all chips with targets; the search takes the fewest cycles of each kernel."""
+    for chip in (c.name for c in chips.TPUS):
+        for one in CASES:
+            assert (chip, one.name) in splash_blocks.BLOCKS
+            sizes = splash_blocks.sizes_for(chip, one)
+            assert {x for pair in sizes.values() for x in pair} <= set(splash_blocks.SWEPT)
+    best = {"fwd": (256, 512), "dq": (1024, 256), "dkv": (512, 512)}
+
+    def built(job):
+        kernels = []
+        for name in splash.KERNELS:
+            parts = splash.Parts(
+                loop=1.0, tile=1.0 if job.sizes[name] == best[name] else 99.0, edge=0.0
+            )
+            kernels.append(kernel(f"splash_mha_{name}", 1, parts=dataclasses.asdict(parts)))
+        return Built(0.0, kernels=kernels)
+
+    monkeypatch.setattr(pool, "compile_all", lambda jobs, *_: {
+        (chip, pool.key(job)): built(job) for chip, some in jobs.items() for job in some
+    })  # fmt: skip
+    rows, errors = splash_blocks.search([SMALL, case("sink-window-32k")], ["v6e"], 1)
+    assert not errors and {r["kernel"]: r["sizes"] for r in rows} == best and len(rows) == 6
+    assert splash_blocks.as_source(rows).splitlines()[1] == (
+        '    ("v6e", "sink-window-32k"): ((256, 512), (1024, 256), (512, 512)),'
+    )
+
+
 def test_targets_are_of_cases_that_exist():
     assert {name for name, _ in schedule.TARGETS} <= {c.name for c in CASES}
     assert {which for _, which in schedule.TARGETS} == set(schedule.PASSES)
@@ -321,6 +514,7 @@ def test_a_call_that_does_not_compile_is_named(monkeypatch, capsys):
     [
         (["schedule", "--case", "sink"], "invalid choice: 'sink'.*sink-window-8k"),
         (["schedule", "--chip", "v4"], "invalid choice: 'v4'.*tpu7x"),
+        (["blocks", "--processes", "0"], "expected at least 1, got 0"),
         (["time", "--length", "0"], "expected at least 1, got 0"),
         ([], "required: command"),
     ],
@@ -398,6 +592,26 @@ def test_the_method_gives_what_it_gave_elsewhere():
         (found,) = (k for k in built.kernels if f"mha_{name}" in k.name)
         grid = splash.grid(SMALL.ranges, 8192, (512, 512), name)
         assert 0.85 * known < splash.Parts(**found.splash).cycles(grid) < 1.15 * known
+
+
+@pytest.mark.tpu_aot
+def test_a_call_is_compiled_with_the_blocks_it_is_given():
+    """Whole blocks of queries of the forward pass: the shipped ones are of another size."""
+    shipped = vars(BLOCKS["v6e"])
+    other = shipped | {"query": shipped["query"] // 2}
+    some = [
+        Job(SMALL.name, 4096, "sinkjax", heads=(4, 1), blocks=blocks)
+        for blocks in (None, dict(shipped), other)
+    ]
+    built = pool.compile_all({"v6e": some}, 1)
+    tiles = []
+    for job in some:
+        found = built["v6e", pool.key(job)]
+        assert isinstance(found, Built), found
+        (forward,) = (k for k in found.kernels if "forward" in k.name)
+        tiles.append(forward.tiles)
+    assert tiles[0] == tiles[1]
+    assert 2 * sum(n for _, n, _ in tiles[0]) == sum(n for _, n, _ in tiles[2])
 
 
 @pytest.mark.tpu_aot

@@ -16,8 +16,7 @@ class Tpu:
         bandwidth: bytes/s of HBM.
         vmem: bytes.
         cores: that JAX sees as one device.
-        branch_delays: bundles that run after a jump forward and after one back, taken or not: as many
-            as the compiler keeps free of what may not happen, or puts there what must.
+        branch_delay: bundles that run after a jump, taken or not; None is for each jump its own.
     """
 
     name: str
@@ -29,7 +28,7 @@ class Tpu:
     bandwidth: float
     vmem: int
     cores: int = 1
-    branch_delays: tuple[int, int] = (4, 4)
+    branch_delay: int | None = 4
 
 
 # `pltpu.get_tpu_info_for_chip`, and cloud.google.com/tpu/docs; one TensorCore of v5p and tpu7x, which
@@ -47,7 +46,7 @@ TPUS: tuple[Tpu, ...] = (
         1155e12,
         3.7e12,
         64 << 20,
-        branch_delays=(2, 3),
+        branch_delay=None,
     ),
 )
 

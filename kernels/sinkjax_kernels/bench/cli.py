@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from sinkjax_kernels import cases
 from sinkjax_kernels.bench import chips
+from sinkjax_kernels.bench.llo import ScheduleError
 from sinkjax_kernels.bench.table import format_table, write_lines
 
 
@@ -25,10 +26,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "schedule",
         "static cycles of our TPU kernels and of splash attention, without a TPU",
     )
-    # How long tpu7x takes to branch is inferred, and some of its programs cannot be followed yet.
+    # No target is of tpu7x, and it would take as long as another.
     names = [c.name for c in chips.TPUS]
     _choices(schedule, "chip", names, default=[n for n in names if n != "tpu7x"])
     _processes(schedule)
+    blocks = _command(
+        commands,
+        _blocks,
+        "blocks",
+        "find our best block sizes, one at a time from the shipped ones (five minutes a chip)",
+        cases_of_default=["sink-window-8k", "causal-8k"],  # narrow windows have no `chunk`
+    )
+    _choices(blocks, "chip", [c.name for c in chips.TPUS])
+    _processes(blocks)
     blocks = _command(
         commands, _splash_blocks, "splash-blocks", "find splash's best block sizes (half an hour)"
     )
@@ -52,10 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return options.run(options)
 
 
-def _command(commands, run: Callable[..., int], name: str, text: str) -> argparse.ArgumentParser:
+def _command(
+    commands,
+    run: Callable[..., int],
+    name: str,
+    text: str,
+    cases_of_default: list[str] | None = None,
+) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
-    _choices(parser, "case", [c.name for c in cases.CASES])
+    _choices(parser, "case", [c.name for c in cases.CASES], cases_of_default)
     parser.add_argument(
         "--json", type=pathlib.Path, metavar="PATH", help="also write the rows, one object per line"
     )
@@ -155,6 +171,29 @@ def _schedule(options: argparse.Namespace) -> int:
     if options.json:
         write_lines(options.json, [r.as_json() for r in rows])
     return int(bool(missed or errors))
+
+
+def _blocks(options: argparse.Namespace) -> int:
+    from sinkjax_kernels.bench import our_blocks
+
+    chosen = [cases.case(name) for name in options.case]
+    try:
+        rows, left_out = our_blocks.search(chosen, options.chip, options.processes)
+    except ScheduleError as error:
+        print(f"not measured: {error}")
+        return 1
+    print(
+        format_table(
+            ["case", "chip", "pass", "cycles", "with the shipped blocks"],
+            [[r["case"], r["chip"], r["pass"], r["cycles"], r["cycles_shipped"]] for r in rows],
+        )
+    )
+    for reason in left_out:
+        print(f"left out: {reason}")
+    print("\nFor sinkjax_kernels/flash/tpu_blocks.py:\n" + our_blocks.as_source(rows))
+    if options.json:
+        write_lines(options.json, rows)
+    return 0
 
 
 def _splash_blocks(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ _BUNDLE = re.compile(
     r"^\s*(0x[0-9a-f]+|0)\s+(?:(LH|LB|LE|PB|PF|CT)\s*)?:\s*(?:>\s*)*\{", re.MULTILINE
 )
 _CORE = re.compile(r"= sld \[smem:\[[^\]]*\]\] /\* core id \*/")
+_LONGEST_DELAY = 6  # where each jump has its own
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 _END = re.compile(r"End region (\d+)")
@@ -83,11 +84,11 @@ class Program:
     spills: tuple[int, ...]
 
 
-def parse(name: str, bundles: str, utilization: str, delays: tuple[int, int] = (4, 4)) -> Program:
+def parse(name: str, bundles: str, utilization: str, delay: int | None = 4) -> Program:
     """The program of a `…final_bundles.txt` and its `…final_hlo-static-per-bundle-utilization.txt`.
 
     Args:
-        delays: bundles that run after a jump forward and after one back, taken or not.
+        delay: bundles that run after a jump, taken or not; None is for each its own.
 
     Raises:
         ScheduleError: they do not look as expected.
@@ -131,7 +132,7 @@ def parse(name: str, bundles: str, utilization: str, delays: tuple[int, int] = (
         if one.op != "sbr.rel" or target is None or target[1] not in regions:
             raise ScheduleError(f"{name}: jump {one.op} {one.operands} at bundle {n:#x}")
         to = regions[target[1]]
-        end = n + 1 + delays[to <= n]
+        end = n + 1 + (_delay(name, found, texts, n, one, to) if delay is None else delay)
         branches[end] = Branch(n, end, to, one.predicate)
     for one in branches.values():
         inside = range(one.bundle + 1, one.end)
@@ -144,6 +145,41 @@ def parse(name: str, bundles: str, utilization: str, delays: tuple[int, int] = (
     return Program(
         name, len(texts), branches, heads, control, tuple(matmuls), _spills(name, utilization, len(texts))
     )  # fmt: skip
+
+
+def _delay(
+    name: str, found: list[re.Match], texts: list[str], n: int, jump: Instruction, to: int
+) -> int:
+    """Bundles after the jump at n that run whether it is taken or not: six, or up to an empty one.
+
+    They are what is left of the jump's block, up to the end of a region (of several, the last, or at the end
+    of a loop the first), and then what the next block has begun early, under the opposite predicate. How
+    many cycles the empty bundle waits for is not in the text; it counts as one.
+
+    Raises:
+        ScheduleError: what follows is neither, and no empty bundle is before it.
+    """
+    most = next(
+        (k for k in range(1, _LONGEST_DELAY + 1)
+         if n + k in (to, len(texts)) or found[n + k][2] or _REGION.search(texts[n + k])),
+        _LONGEST_DELAY + 1,
+    ) - 1  # fmt: skip
+    ends = [k for k in range(most + 1) if _END.search(texts[n + k]) and n + k + 1 != to]
+    delay = (ends[0] if to <= n else ends[-1]) if ends else 0
+    value, expected = jump.predicate or ("", False)
+    guard = f"({'!' if expected else ''}%{value})"
+    is_closed = False
+    for k in range(delay + 1, most + 1):
+        statements = [x.strip("} \n") for x in _COMMENT.sub("", texts[n + k]).split(";;")]
+        if statements == [""]:
+            delay, is_closed = k, True
+        elif not all(guard in x or "= int_to_ptr" in x for x in statements):
+            break
+        elif k == _LONGEST_DELAY:
+            delay, is_closed = k, True
+    if not is_closed and delay < _LONGEST_DELAY:
+        raise ScheduleError(f"{name}: no end of the delay of the jump at bundle {n:#x}")
+    return delay
 
 
 def _instruction(statement: str) -> Instruction | None:
@@ -212,7 +248,7 @@ def _spills(name: str, utilization: str, size: int) -> tuple[int, ...]:
     return tuple(int(row[column]) for row in rows)
 
 
-def read(folder: pathlib.Path, delays: tuple[int, int] = (4, 4)) -> list[Program]:
+def read(folder: pathlib.Path, delay: int | None = 4) -> list[Program]:
     """All kernels and fusions whose schedules lie in a folder, in the order of their compilation."""
     programs = []
     for path in sorted(folder.glob("*final_bundles.txt")):
@@ -226,5 +262,5 @@ def read(folder: pathlib.Path, delays: tuple[int, int] = (4, 4)) -> list[Program
         tables = list(folder.glob(f"{stamp}-{name}-*-final_hlo-static-per-bundle-utilization.txt"))
         if len(tables) != 1:
             raise ScheduleError(f"{name}: {len(tables)} tables of utilization beside {path.name}")
-        programs.append(parse(name, path.read_text(), tables[0].read_text(), delays))
+        programs.append(parse(name, path.read_text(), tables[0].read_text(), delay))
     return programs

@@ -28,6 +28,7 @@ class Job:
         implementation: "sinkjax" or "splash".
         sizes: splash's blocks of each kernel.
         heads: query and key heads, instead of the case's own.
+        blocks: fields of our `Blocks`, instead of the chip's own.
     """
 
     case: str
@@ -35,6 +36,7 @@ class Job:
     implementation: str
     sizes: Mapping[str, tuple[int, int]] | None = None
     heads: tuple[int, int] | None = None
+    blocks: Mapping[str, Any] | None = None
 
     @property
     def the_case(self) -> cases.Case:
@@ -138,7 +140,7 @@ class Builder:
         start = time.perf_counter()
         compiled = lowered.compile()
         compile_seconds = time.perf_counter() - start
-        programs = llo.read(self.folder, self.chip.branch_delays)
+        programs = llo.read(self.folder, self.chip.branch_delay)
         for path in self.folder.iterdir():
             path.unlink()
         kernels, fusions = [], []
@@ -182,10 +184,9 @@ class Builder:
         """The lowered forward and backward program, the seconds it took, and splash's grids."""
         import jax
 
-        case = job.the_case
         start = time.process_time()
         attend, operands, grids = (
-            self._splash_call(job) if job.implementation == "splash" else self._our_call(case)
+            self._splash_call(job) if job.implementation == "splash" else self._our_call(job)
         )
 
         def both(query, key, value, sinks, d_out):
@@ -195,14 +196,17 @@ class Builder:
         lowered = jax.jit(both).lower(*operands, operands[0])
         return lowered, time.process_time() - start, grids
 
-    def _our_call(self, case: cases.Case):
+    def _our_call(self, job: Job):
         """Arguments are `[B, N, T, H]`, as the projection before can leave them: nothing is transposed."""
         import jax.numpy as jnp
 
         from sinkjax_kernels.flash import pallas_tpu, tpu_blocks
 
+        case = job.the_case
         T, K, H = case.length, case.num_kv_heads, case.head_dim
         blocks = tpu_blocks.BLOCKS[self.chip.name]
+        if job.blocks is not None:
+            blocks = tpu_blocks.Blocks(**job.blocks)
 
         def attend(query, key, value, sinks):
             query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
