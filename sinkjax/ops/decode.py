@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxtyping import Array, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from sinkjax.ops.attention import check_params
 from sinkjax.ops.dispatch import Implementation, dispatch
@@ -40,6 +40,7 @@ _LETTERS = {
     "query_positions": "BT",
     "key_positions": "BKS",
     "bias": "BNTS",
+    "mask": "BKTS",
     "sinks": "N BTN",
     "normalizer_params": "N",
 }
@@ -57,6 +58,7 @@ def decode_attention(
     num_sink_tokens: int = 0,
     window: int | None = None,
     bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "B #K T S"] | None = None,
     sinks: Float[Array, " N"] | Float[Array, "B T N"] | None = None,
     normalizer: str | normalizers.Normalizer = "softmax",
     normalizer_params: Mapping[str, Array] | None = None,
@@ -68,11 +70,11 @@ def decode_attention(
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "B T N Hv"] | tuple[Float[Array, "B T N Hv"], Float[Array, "B T N"]]:
     r"""$o_t = \sum_j w_{tj} v_j$ over the slots j with $0 \le p_j \le p_t$ and
-    ($p_j$ < `num_sink_tokens` or $p_t - p_j$ < `window`).
+    (j < `num_sink_slots` or $p_j$ < `num_sink_tokens` or $p_t - p_j$ < `window`).
 
     What a decoder calls on a cache of constant size: `[B, K, S, H]` leaves are read as they lie,
-    slots may be in any order, and the sink slots may be scored by a query of their own, so that
-    nothing in the cache is ever rotated twice.
+    slots may be in any order, the leading ones may hold sink tokens from anywhere in the text, and
+    those may be scored by a query of their own, so that nothing in the cache is ever rotated twice.
 
     Args:
         query: rotated at its own position.
@@ -80,10 +82,12 @@ def decode_attention(
         query_positions: −1 is padding and sees nothing.
         key_positions: per slot, or per key/value head and slot; −1 is empty.
         sink_query: the query for the first `num_sink_slots` slots; None is `query`.
-        num_sink_slots: how many leading slots `sink_query` scores.
-        num_sink_tokens: keys at positions below are exempt from the window.
+        num_sink_slots: how many leading slots are sink slots: exempt from the window, whatever their
+            positions, and scored by `sink_query` where there is one.
+        num_sink_tokens: keys at positions below are exempt from the window, wherever they lie.
         window: number of keys seen back, the query's own included; None is unbounded.
         bias: added to the logits after scale and soft cap; S counts slots, in the order of the cache.
+        mask: False where a query may not look although the positions allow it; kernels take none.
         sinks: sink logits per query head, or per token and head; only with softmax.
         normalizer: a description or its name, as in `dot_product_attention`; `elu` maps query and key
             first.
@@ -114,7 +118,11 @@ def decode_attention(
     arrays["key"] = normalizers.feature_map(static["normalizer"], key)
     arrays |= {"value": value, "key_scale": key_scale, "value_scale": value_scale}
     lse = "BTN" if static["normalizer"].has_log_sum_exp else None
-    results = _dispatch(IMPLEMENTATIONS, implementation, arrays, static, ("BTNH", lse))
+    table = IMPLEMENTATIONS
+    if mask is not None:
+        arrays["mask"] = mask
+        table = {"reference": IMPLEMENTATIONS["reference"]}
+    results = _dispatch(table, implementation, arrays, static, ("BTNH", lse))
     return results if return_residual else results[0]
 
 

@@ -34,7 +34,7 @@ def by_hand(x, *, key_positions, sink_query, slots, num_sink_tokens, window, sca
             at, query = key_positions[b, k, s], QUERIES[b, t]
             if not 0 <= at <= query:
                 continue
-            if at >= num_sink_tokens and query - at >= window:
+            if at >= num_sink_tokens and s >= slots and query - at >= window:
                 continue
             q = sink_query if s < slots else x["query"]
             score = scale * float(q[b, t, n] @ x["key"][b, k, s])
@@ -50,9 +50,15 @@ def by_hand(x, *, key_positions, sink_query, slots, num_sink_tokens, window, sca
 
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(
-    ("slots", "sinks", "cap"), [(0, None, None), (2, "head", None), (S, "token", 1.3)]
+    ("slots", "sinks", "cap", "own"),
+    [
+        (0, None, None, True),
+        (2, "head", None, True),
+        (S, "token", 1.3, True),
+        (3, None, None, False),
+    ],
 )
-def test_reference_is_the_loop(slots, sinks, cap, per_head):
+def test_reference_is_the_loop(slots, sinks, cap, own, per_head):
     x = arrays()
     draw = np.random.default_rng(1)
     sink_query = draw.standard_normal((B, T, N, H)).astype(np.float32)
@@ -64,7 +70,7 @@ def test_reference_is_the_loop(slots, sinks, cap, per_head):
     want, want_lse = by_hand(
         x,
         key_positions=keys,
-        sink_query=sink_query,
+        sink_query=sink_query if own else x["query"],
         slots=slots,
         num_sink_tokens=2,
         window=5,
@@ -76,7 +82,7 @@ def test_reference_is_the_loop(slots, sinks, cap, per_head):
         **{name: jnp.asarray(leaf) for name, leaf in x.items()},
         query_positions=jnp.asarray(QUERIES),
         key_positions=jnp.asarray(keys if per_head else keys[:, :1]),
-        sink_query=jnp.asarray(sink_query),
+        sink_query=jnp.asarray(sink_query) if own else None,
         num_sink_slots=slots,
         num_sink_tokens=2,
         window=5,

@@ -36,6 +36,7 @@ class Problem:
     leaf: str = "float32"
     per_head: bool = False
     sink_slots: int = 0
+    sink_query: bool = True
     window: int | None = 70
     soft_cap: float | None = None
     sinks: str | None = None
@@ -72,7 +73,7 @@ class Problem:
             "key_positions": jnp.asarray(places if self.per_head else places[:, :1], jnp.int32),
         }
         query = 2 * draw(B, T, N, self.H)
-        if self.sink_slots:
+        if self.sink_slots and self.sink_query:
             arrays["sink_query"] = draw(B, T, N, self.H)
         if self.sinks == "head":
             arrays["sinks"] = jnp.linspace(-30.0, 9.0, N)
@@ -132,6 +133,7 @@ MORE = [
     Problem("softmax1", dtype="bfloat16", leaf="int8", sink_slots=4),
     Problem(window=None, sinks="head", split=64),
     Problem(T=2, window=1, split=None),
+    Problem(T=2, sink_slots=133, sink_query=False, window=20, split=64),
     Problem(C=256, H=32, Hv=16, split=64),  # no edge to mask
     Problem("softmax_n(n=2.5)", G=8, T=11, split=None),  # more rows than a program takes
     Problem(dtype="float16", leaf="float16", sinks="head", sink_slots=4),
@@ -294,6 +296,7 @@ def test_what_is_not_served_says_why():
     refused = {
         "several passes": {"normalizer": normalizers.resolve("entmax15")},
         "bias": {"bias": jnp.zeros((1, 1, 1, 203))},
+        "mask": {"mask": jnp.ones((2, 1, 1, 203), bool)},
         "float64": {"query": jax.ShapeDtypeStruct(query.shape, "float64")},
         "at most 256, got 264": {
             "query": jnp.zeros((2, 1, 15, 264)), "key": jnp.zeros((2, 5, 203, 264))

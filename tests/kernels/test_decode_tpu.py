@@ -35,6 +35,7 @@ if not hasattr(conformance, "CASES"):
 class Problem:
     """Rows at clocks of their own on rings that are full, nearly empty, or full to the brim with sinks.
 
+    The sink slots hold the first tokens of the text, or `pinned` ones from anywhere in it.
     One row of a step writes nothing. Sizes are pairwise distinct.
     Leaves of 128 or 256 numbers per slot lie as they are, others with their slots in lanes.
     """
@@ -47,6 +48,8 @@ class Problem:
     value_dim: int = 24
     batch: int = 3
     sink_slots: int = 5
+    pinned: bool = False
+    sink_query: bool = True
     window: int | None = 100
     sinks: str | None = "head"
     normalizer: str = "softmax"
@@ -76,6 +79,8 @@ class Problem:
             for t in range(self.clocks[b].max() + 1):
                 at = t if t < P else P + (t - P) % (S - P)
                 positions[b, k, at] = t
+            if self.pinned:
+                positions[b, k, :P] = 3 + 9 * np.arange(P)
             if k:  # each head has dropped some more
                 positions[b, k, 7 * k :: 11] = -1
         return positions
@@ -102,15 +107,15 @@ class Problem:
         options: dict[str, Any] = {
             "query_positions": jnp.asarray(self.clocks),
             "key_positions": jnp.asarray(self.key_positions),
-            "num_sink_tokens": self.sink_slots,
+            "num_sink_tokens": 0 if self.pinned else self.sink_slots,
+            "num_sink_slots": self.sink_slots,
             "window": self.window,
             "normalizer": normalizers.resolve(self.normalizer),
             "scale": 0.4,
             "logits_soft_cap": self.soft_cap,
         }
-        if self.sink_slots:
-            sink_query = draw(B, T, N, H)
-            options |= {"sink_query": sink_query, "num_sink_slots": self.sink_slots}
+        if self.sink_slots and self.sink_query:
+            options["sink_query"] = draw(B, T, N, H)
         if self.sinks:
             shape = (B, T, N) if self.sinks == "token" else (N,)
             options["sinks"] = draw(*shape, dtype="float32")
@@ -169,6 +174,7 @@ EVERY_FAMILY = (
 PROBLEMS = [
     Problem(
         tokens=3,
+        pinned=True,
         sinks="token",
         soft_cap=2.0,
         dtype="bfloat16",
@@ -194,6 +200,9 @@ SLOW = [
     Problem(heads=(8, 8), head_dim=64, value_dim=80, per_head=True, skip=True),
     Problem(heads=(16, 16), head_dim=8, value_dim=8, per_head=True, skip=True, is_int8=True),
     Problem(heads=(20, 2), is_int8=True, chunk=256, soft_cap=1.5),
+    Problem(slots=523, window=50, skip=True, pinned=True, is_int8=True),
+    Problem(slots=523, window=50, skip=True, pinned=True, sink_query=False),
+    Problem(sink_query=False),
     Problem(dtype="bfloat16", is_int8=True),
     Problem(dtype="bfloat16", head_dim=80, value_dim=80),
     Problem(dtype="float32", cache_dtype="bfloat16"),
@@ -344,7 +353,7 @@ def test_nothing_of_the_size_of_the_cache_is_made():
 
 
 def test_what_is_not_served_says_why():
-    problem = Problem(slots=200, writes=False)
+    problem = Problem(slots=200, writes=False, sink_slots=0)
     (query, key, value), options = problem.arguments
     options = {**options, "interpret": True}
 
@@ -365,10 +374,11 @@ def test_what_is_not_served_says_why():
     refuse(no, "several passes", normalizer=normalizers.Sparsemax(), sinks=None)
     refuse(no, "several passes", normalizer=normalizers.StickBreaking(), sinks=None)
     refuse(no, "bias", bias=zeros(1, 6, 1, 200))
+    refuse(no, "mask", mask=zeros(3, 1, 1, 200, dtype=bool))
     refuse(no, "float16", q=query.astype("float16"))
     refuse(no, "bfloat16", v=value.astype("bfloat16"))
     refuse(no, "head size.*257", q=zeros(3, 1, 6, 257), k=zeros(3, 2, 200, 257))
-    refuse(no, "rows", q=zeros(3, 50, 6, 16))
+    refuse(no, "rows", q=zeros(3, 50, 6, 16), query_positions=None)
     refuse(no, "128 slots, got 97", k=key[:, :, :97], v=value[:, :, :97], interpret=False,
            key_positions=options["key_positions"][..., :97])  # fmt: skip
     refuse(ValueError, r"\[3, 2, 200, 16\], \[3, 2, 199, 24\]", v=value[:, :, :199])

@@ -1,7 +1,7 @@
 """The GPU kernel of decode attention: each program takes some slots of a ring, and XLA merges them.
 
 A few queries alone would keep a few multiprocessors busy, so the slots of a row are split among
-programs. Each starts without a sink and leaves its running state (`tpu_weights`), which add up.
+programs. Each starts without a sink and leaves its running state (`running`), which add up.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jax.lax import div, rem
 
-from sinkjax_kernels.decode import tpu_weights as weights
+from sinkjax_kernels.decode import running as weights
 from sinkjax_kernels.flash.gpu_tiles import padded, power_of_2
 from sinkjax_kernels.normalizers import Normalizer, Softmax, constant_sink
 from sinkjax_kernels.varying import alike, struct
@@ -25,6 +25,7 @@ class Splits:
     """Everything a compiled program depends on besides shapes.
 
     Args:
+        sink_slots: leading slots that are exempt from the window, and met by `sink_query` where given.
         slots: C, of which a program takes `size`, `block` at a time.
         tokens: T, the query tokens.
         rows: query rows of a program.
@@ -204,7 +205,7 @@ def _kernel(splits: Splits, sizes: tuple[int, int, int], at, top_ref, total_ref,
         logits = logits * splits.scale
         if splits.soft_cap is not None:
             logits = splits.soft_cap * jnp.tanh(logits / splits.soft_cap)
-        seen = _visible(splits, clock, _positions(splits, at, start, block)[None])
+        seen = _visible(splits, clock, _positions(splits, at, start, block)[None], slots[None])
         old = top
         top, weight, counted = weights.weigh(splits.without_sink, logits, seen, old, learned)
         if weights.shifts(splits.normalizer):
@@ -241,19 +242,24 @@ def _extent(splits: Splits, at, first, clock):
     earliest = jnp.where(clock < 0, latest, clock).min()
     near = (keys >= 0) & (keys <= latest)
     if splits.window is not None:
-        near &= (keys < splits.sink_tokens) | (earliest - keys < splits.window)
+        near &= _is_sink(splits, keys, first + slots) | (earliest - keys < splits.window)
     low = jnp.where(near, slots, splits.size).min()
     high = jnp.where(near, slots + 1, 0).max()
     low = div(low, splits.block)
     return low, jnp.maximum(low, div(high + splits.block - 1, splits.block))
 
 
-def _visible(splits: Splits, query, key):
+def _visible(splits: Splits, query, key, slot):
     is_past = key < query if splits.normalizer.excludes_self else key <= query
     seen = (key >= 0) & is_past
     if splits.window is None:
         return seen
-    return seen & ((key < splits.sink_tokens) | (query - key < splits.window))
+    return seen & (_is_sink(splits, key, slot) | (query - key < splits.window))
+
+
+def _is_sink(splits: Splits, key, slot):
+    by_position = key < splits.sink_tokens
+    return by_position | (slot < splits.sink_slots) if splits.sink_slots else by_position
 
 
 def _positions(splits: Splits, at, start, count: int, most: int | None = None):

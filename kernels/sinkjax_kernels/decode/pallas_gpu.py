@@ -1,6 +1,6 @@
 """Decode attention on GPUs: each key and value is read once, by as many programs as keep a GPU busy.
 
-`gpu_splits` holds the kernel, `tpu_weights` the families of normalisers.
+`gpu_splits` holds the kernel, `running` the families of normalisers.
 """
 
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from sinkjax_kernels import normalizers
-from sinkjax_kernels.decode import int8, tpu_weights
+from sinkjax_kernels.decode import int8
 from sinkjax_kernels.decode.gpu_splits import Splits, attend
 from sinkjax_kernels.decode.reference import Step, check_scales
+from sinkjax_kernels.decode.refusals import check_operands
 from sinkjax_kernels.flash.gpu_tiles import padded, power_of_2
 
-LARGEST_HEAD = 256
-SHORTEST = 128
+DTYPES = "float32", "bfloat16", "float16"
 MOST_ROWS = 64
 PROGRAMS = 8 * 132
 """Eight for each multiprocessor of an H100: two or three at a time, and little left over at the end."""
@@ -160,67 +160,12 @@ def decode_step(
     return Step(out, lse, **leaves)
 
 
-def check(
-    query,
-    key,
-    value,
-    *,
-    query_positions=None,
-    key_positions=None,
-    sink_query=None,
-    bias=None,
-    sinks=None,
-    normalizer: normalizers.Normalizer,
-    key_scale=None,
-    value_scale=None,
-    interpret: bool = False,
-    **_: Any,
-) -> None:
+def check(query, key, value, **options: Any) -> None:
     """Raises for a call that `decode_attention` or `decode_step` with these options does not serve.
 
     Arrays may be traced or `jax.ShapeDtypeStruct`s; other options do not matter.
     """
-    B, T, N, H = query.shape
-    K, C, Hv = value.shape[1:]
-    if key.shape != (B, K, C, H) or value.shape[0] != B or N % K:
-        raise ValueError(
-            "query, key, value: expected [B, T, N, H], [B, K, S, H], [B, K, S, Hv] with N a multiple of "
-            f"K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    for name, x, shapes in (
-        ("query_positions", query_positions, ((B, T),)),
-        ("key_positions", key_positions, ((B, 1, C), (B, K, C))),
-        ("sink_query", sink_query, (query.shape,)),
-        ("sinks", sinks, ((N,), (B, T, N))),
-    ):
-        if x is not None and x.shape not in shapes:
-            expected = " or ".join(str(list(shape)) for shape in shapes)
-            raise ValueError(f"{name}: expected {expected}, got {list(x.shape)}")
-    check_scales(key, value, key_scale, value_scale)
-    if sinks is not None and not normalizer.takes_sinks:
-        raise ValueError(f"sinks: only softmax takes sink logits, got normalizer {normalizer}")
-    if not tpu_weights.is_built(normalizer):
-        raise NotImplementedError(
-            f"normalizer: {normalizer} needs several passes over the keys; `decode.reference` serves it"
-        )
-    if bias is not None:
-        raise NotImplementedError("bias: is not read; `decode.reference` serves it")
-    floats = (jnp.float32, jnp.bfloat16, jnp.float16)
-    kinds = (*floats, jnp.int8)
-    if query.dtype not in floats or key.dtype not in kinds or value.dtype != key.dtype:
-        raise NotImplementedError(
-            "query, key, value: float32, bfloat16 or float16 queries and leaves of one type, one of these "
-            f"or int8, are built, got {query.dtype}, {key.dtype}, {value.dtype}; "
-            "`decode.reference` serves them"
-        )
-    if max(H, Hv) > LARGEST_HEAD:
-        raise NotImplementedError(
-            f"head size: at most {LARGEST_HEAD}, got {H} and {Hv}; `decode.reference` serves more"
-        )
-    if C < SHORTEST and not interpret:
-        raise NotImplementedError(
-            f"key: XLA is as fast on fewer than {SHORTEST} slots, got {C}; `decode.reference` serves it"
-        )
+    check_operands(query, key, value, dtypes=DTYPES, **options)
 
 
 def block_of(H: int, Hv: int, itemsize: int) -> int:

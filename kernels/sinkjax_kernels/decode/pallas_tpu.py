@@ -1,6 +1,6 @@
 """Decode attention on TPU: each key and value is read once, and a new token is written where it lies.
 
-`tpu_ring` holds the kernel, `tpu_weights` the families of normalisers.
+`tpu_ring` holds the kernel, `running` the families of normalisers.
 
 Leaves are read as XLA lays them out between compiled steps: head sizes that are multiples of 128 as they
 lie, others with their slots in lanes. For the former that takes a number of slots that is a multiple of 8;
@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from sinkjax_kernels import normalizers
-from sinkjax_kernels.decode import reference, tpu_weights
-from sinkjax_kernels.decode.reference import Step, check_scales, visible
+from sinkjax_kernels.decode import reference
+from sinkjax_kernels.decode.reference import Step, visible
+from sinkjax_kernels.decode.refusals import check_operands
 from sinkjax_kernels.decode.tpu_ring import LANES, Ring, attend, visits
 
-LARGEST_HEAD = 256
+DTYPES = "float32", "bfloat16"
 MOST_ROWS = 128
 STEP_BYTES = 4 * 2**20
 STEP_SCORES = 2**18  # what lies between the products is unrolled: more would make a long program
@@ -125,67 +126,20 @@ def decode_step(
     )
 
 
-def check(
-    query,
-    key,
-    value,
-    *,
-    key_positions=None,
-    sink_query=None,
-    bias=None,
-    sinks=None,
-    normalizer: normalizers.Normalizer,
-    key_scale=None,
-    value_scale=None,
-    chunk: int | None = None,
-    interpret: Any = False,
-    **_: Any,
-) -> None:
+def check(query, key, value, *, chunk: int | None = None, **options: Any) -> None:
     """Raises for a call that `decode_attention` or `decode_step` with these options does not serve.
 
     Arrays may be traced or `jax.ShapeDtypeStruct`s; other options do not matter.
     """
-    B, T, N, H = query.shape
-    K, C, Hv = value.shape[1:]
-    if key.shape != (B, K, C, H) or value.shape[0] != B or N % K:
-        raise ValueError(
-            "query, key, value: expected [B, T, N, H], [B, K, S, H], [B, K, S, Hv] with N a multiple of "
-            f"K, got {list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
-    if key_positions is not None and key_positions.shape not in ((B, 1, C), (B, K, C)):
-        raise ValueError(
-            f"key_positions: expected {[B, 1, C]} or {[B, K, C]}, got {list(key_positions.shape)}"
-        )
-    check_scales(key, value, key_scale, value_scale)
-    if not tpu_weights.is_built(normalizer):
+    check_operands(query, key, value, dtypes=DTYPES, **options)
+    rows = query.shape[1] * (query.shape[2] // key.shape[1])
+    if rows > MOST_ROWS:
         raise NotImplementedError(
-            f"normalizer: {normalizer} needs several passes over the keys; `decode.reference` serves it"
-        )
-    if bias is not None:
-        raise NotImplementedError("bias: is not read; `decode.reference` serves it")
-    floats = (jnp.float32, jnp.bfloat16)
-    kinds = (*floats, jnp.int8)
-    if query.dtype not in floats or key.dtype not in kinds or value.dtype != key.dtype:
-        raise NotImplementedError(
-            "query, key, value: float32 or bfloat16 queries and leaves of one type, float32, bfloat16 "
-            f"or int8, are built, got {query.dtype}, {key.dtype}, {value.dtype}; "
-            "`decode.reference` serves them"
-        )
-    if max(H, Hv) > LARGEST_HEAD:
-        raise NotImplementedError(
-            f"head size: at most {LARGEST_HEAD}, got {H} and {Hv}; `decode.reference` serves more"
-        )
-    if T * (N // K) > MOST_ROWS:
-        raise NotImplementedError(
-            f"query: at most {MOST_ROWS} rows per key/value head, got T · N / K = {T * (N // K)}; "
+            f"query: at most {MOST_ROWS} rows per key/value head, got T · N / K = {rows}; "
             "`decode.reference` serves more"
         )
     if chunk is not None and (chunk < LANES or chunk % LANES):
         raise ValueError(f"chunk: expected a multiple of {LANES}, got {chunk}")
-    if C < LANES and not interpret:
-        raise NotImplementedError(
-            f"key: XLA is as fast on fewer than {LANES} slots, got {C}; `decode.reference` serves it"
-        )
 
 
 def _differentiable(kernel, specification, arrays) -> Any:
@@ -222,7 +176,7 @@ def _run(
         soft_cap=logits_soft_cap,
         window=window,
         sink_tokens=num_sink_tokens,
-        sink_slots=0 if sink_query is None else num_sink_slots,
+        sink_slots=num_sink_slots,
         tokens=T,
         slots=C,
         chunk=size,
@@ -255,8 +209,10 @@ def _run(
         slots = slots.astype(jnp.int32)
         operands |= {"slot": slots, "new_key": new_key[:, 0], "new_value": new_value[:, 0]}
     if ring.skips:
-        options = {"num_sink_tokens": num_sink_tokens, "window": window}
-        seen = visible(query_positions, key_positions, **options).any(axis=2)
+        seen = visible(
+            query_positions, key_positions, num_sink_tokens=num_sink_tokens,
+            num_sink_slots=num_sink_slots, window=window,
+        ).any(axis=2)  # fmt: skip
         if seen.shape[1] > 1:
             seen = seen.reshape(B, K // heads, heads, C).any(axis=2)
         operands["order"] = visits(seen, slots, ring)

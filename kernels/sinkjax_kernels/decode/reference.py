@@ -31,13 +31,18 @@ def visible(
     *,
     num_sink_tokens: int,
     window: int | None,
+    num_sink_slots: int = 0,
     excludes_self: bool = False,
 ) -> Bool[Array, "B #K T S"]:
-    """Who sees whom: 0 ≤ key ≤ query, and the key is a sink token or less than a window back."""
+    """Who sees whom: 0 ≤ key ≤ query, and the key is a sink token or less than a window back.
+
+    A sink token is known by its position or by its slot.
+    """
     query, key = query_positions[:, None, :, None], key_positions[:, :, None, :]
     seen = (0 <= key) & ((key < query) if excludes_self else (key <= query))
     if window is not None:
-        seen &= (key < num_sink_tokens) | (query - key < window)
+        is_sink = (key < num_sink_tokens) | (jnp.arange(key.shape[-1]) < num_sink_slots)
+        seen &= is_sink | (query - key < window)
     return seen
 
 
@@ -53,6 +58,7 @@ def decode_attention(
     num_sink_tokens: int = 0,
     window: int | None = None,
     bias: Float[Array, "#B #N #T #S"] | None = None,
+    mask: Bool[Array, "B #K #T S"] | None = None,
     sinks: Float[Array, " N"] | Float[Array, "B T N"] | None = None,
     normalizer: normalizers.Normalizer,
     normalizer_params: Mapping[str, Array] | None = None,
@@ -72,10 +78,13 @@ def decode_attention(
         key, value: cache leaves; what an empty slot holds must be finite.
         query_positions: −1 (padding) sees nothing.
         key_positions: per slot; −1 is empty. Order is free.
-        sink_query: the query for slots below `num_sink_slots`; None is `query`.
-        num_sink_tokens: keys at positions below are exempt from the window.
+        sink_query: the query for the sink slots; None is `query`.
+        num_sink_slots: how many leading slots are sink slots, exempt from the window whatever the
+            position of the key in them: sinks may lie anywhere in the text.
+        num_sink_tokens: keys at positions below are exempt from the window wherever they lie.
         window: number of keys seen back, the query's own included; None is unbounded.
         bias: added to the logits after scale and soft cap; S counts slots, as they lie.
+        mask: False where a query may not look although the positions allow it.
         sinks: sink logits per query head, or per token and head; neither scaled nor capped.
         normalizer_params: learned leaves, added to the constants of the normaliser; [N] each.
         key_scale, value_scale: with int8 leaves, what each slot is multiplied with; both or neither.
@@ -113,9 +122,12 @@ def decode_attention(
         query_positions,
         key_positions,
         num_sink_tokens=num_sink_tokens,
+        num_sink_slots=num_sink_slots,
         window=window,
         excludes_self=normalizer.excludes_self,
     )
+    if mask is not None:
+        seen &= mask
     if sinks is not None:
         per_token = jnp.broadcast_to(sinks, (B, T, N)).reshape(B, T, K, G)
         sinks = per_token.transpose(0, 2, 3, 1)

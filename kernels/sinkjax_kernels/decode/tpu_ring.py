@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sinkjax_kernels.decode import int8
-from sinkjax_kernels.decode import tpu_weights as weights
+from sinkjax_kernels.decode import running as weights
 from sinkjax_kernels.flash.tpu_tiles import dot, up
 from sinkjax_kernels.normalizers import Normalizer
 from sinkjax_kernels.varying import alike, struct
@@ -33,6 +33,7 @@ class Ring:
 
     Args:
         slots: C, of which a grid step takes `chunk` of `heads` key/value heads out of `all_heads`.
+        sink_slots: leading slots that are exempt from the window, and met by `sink_query` where given.
         skips: whether chunks that hold nothing visible are passed over.
         flipped: which of `key` and `value` come as `[B, K, H, C]`, slots in lanes.
     """
@@ -318,7 +319,8 @@ def _absorb(ring: Ring, at, b, k, chunk, is_first) -> None:
     key = _apart(at["positions"][...])
     seen = (key >= 0) & (key <= clock)
     if ring.window is not None:
-        seen &= (key < ring.sink_tokens) | (clock - key < ring.window)
+        near = (key < ring.sink_tokens) | (clock - key < ring.window)
+        seen &= near | (slots < ring.sink_slots) if ring.sink_slots else near
     if is_cut:
         seen &= slots < C
 
