@@ -38,9 +38,8 @@ class Blocks:
 
 
 BLOCKS: dict[str, Blocks] = {
-    # keys=1280 takes 2 % off the forward pass on v5e; not all shapes have been compiled with it.
-    "v5e": Blocks(),
-    "v5p": Blocks(),
+    "v5e": Blocks(keys=1280),
+    "v5p": Blocks(rows_backward=256),
     # A 256 × 256 matrix unit wants 256 rows.
     "v6e": Blocks(rows=256, keys=1280, query_backward=1024, keys_backward=256, wide_matmuls=True),
     "tpu7x": Blocks(rows=256, keys=1280, query_backward=1024, keys_backward=256, wide_matmuls=True),
