@@ -101,6 +101,62 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def cache_shardings(cache: Any, mesh: Mesh) -> Any:
+    """The layout of every array of a KV cache: rows over `data`, key/value heads over `model`.
+
+    A leaf of three dimensions or more is `[B, K, ...]` and cut along both (`queries` are
+    `[B, w, N, H]`); positions that all heads share and clocks are whole on every `model` shard. Rows
+    that do not divide stay whole, and heads do where those of any leaf of their layer do not divide:
+    attention of a layer is cut as a whole or not at all.
+
+    Why: rows and heads do not see each other, so a step moves nothing of the cache between devices.
+
+    Args:
+      cache: a `sinkjax.cache.Cache`, of arrays or `jax.ShapeDtypeStruct`.
+      mesh: where it goes, with or without the two axes.
+
+    Returns:
+      The same tree with a `NamedSharding` for each leaf.
+
+    Example:
+      >>> leaf = jax.ShapeDtypeStruct((2, 4, 1024, 64), "bfloat16")
+      >>> tuple(cache_shardings({"key": leaf}, make_mesh())["key"].spec)
+      ('data', 'model')
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(cache)
+    named = [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in leaves]
+    sizes = mesh.shape
+
+    def cut(name: str, size: int) -> bool:
+        return name in sizes and size % sizes[name] == 0
+
+    axes = [_head_axis(path, leaf.shape) for path, leaf in named]
+    whole = {  # layers whose heads do not divide
+        _layer(path)
+        for (path, leaf), axis in zip(named, axes, strict=True)
+        if axis is not None and not cut("model", leaf.shape[axis])
+    }
+    placed = []
+    for (path, leaf), axis in zip(named, axes, strict=True):
+        spec: list[str | None] = [None] * leaf.ndim
+        if leaf.ndim and cut("data", leaf.shape[0]):
+            spec[0] = "data"
+        if axis is not None and _layer(path) not in whole:
+            spec[axis] = "model"
+        while spec and spec[-1] is None:
+            spec.pop()
+        placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
+    return jax.tree_util.tree_unflatten(treedef, placed)
+
+
+def _head_axis(path: str, shape: tuple[int, ...]) -> int | None:
+    """The dimension of a cache leaf that counts heads."""
+    name = path.rsplit("/", 1)[-1]
+    if len(shape) < 3 or (name == "positions" and shape[1] == 1):
+        return None
+    return 2 if name == "queries" else 1
+
+
 def _names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     if entry is None or entry is PartitionSpec.UNCONSTRAINED:

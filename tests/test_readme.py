@@ -22,7 +22,7 @@ def test_snippets_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     data = {"files": (str(corpus),), "batch_size": 2}
     fit(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)), progress=False)
     snippets = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    assert len(snippets) == 4
+    assert len(snippets) == 5
     namespace: dict = {}
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), namespace)

@@ -1,6 +1,5 @@
 """Attention of a chunk on a layer's cache: equal to dense masked attention over the whole text."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sinkjax.cache import ring
-from sinkjax.cache.state import LayerState, LayerView
+from sinkjax.cache.compose import HeadGroups, attend_groups
+from sinkjax.cache.store import Attended, Chunk, LayerView
 from sinkjax.ops.decode import decode_attention, decode_step
 from sinkjax.ops.differential import widen_values
 from sinkjax.ops.positions import distances
@@ -36,7 +36,7 @@ def attend(
     logits_soft_cap: float | None = None,
     window: int | None = None,
     num_sink_tokens: int = 0,
-) -> tuple[Float[Array, "B T N h"], LayerState]:
+) -> tuple[Float[Array, "B T N h"], Any]:
     r"""Attend to (old cache ∪ chunk) under the true mask, then write.
 
     With R(p) the rotation at position p, the logits of query t are
@@ -78,90 +78,81 @@ def attend(
 
     Source: Xiao et al. 2023, §3.2, in closed form.
     """
-    plan = layer_state.plan
-    _check(layer_state, query, key, window, num_sink_tokens, log_forget)
-    T = query.shape[1]
-    refused = ring.refused(plan, positions)
-    positions = ring.served(plan, positions)
+    store, view = layer_state.store, layer_state
+    _check(view, query, key, window, num_sink_tokens, log_forget)
+    if isinstance(store, HeadGroups):
+        return attend_groups(
+            attend,
+            view,
+            query,
+            key,
+            value,
+            positions,
+            rope=rope,
+            sinks=sinks,
+            normalizer=normalizer,
+            normalizer_params=normalizer_params,
+            slots=slots,
+            position_bias=position_bias,
+            log_forget=log_forget,
+            differential=differential,
+            scale=scale,
+            logits_soft_cap=logits_soft_cap,
+            window=window,
+            num_sink_tokens=num_sink_tokens,
+        )
+    refused = ring.refused(store.limit, positions)
+    positions = ring.served(store.limit, positions)
     clock = jnp.maximum(positions, 0)
-    from_start = clock if plan.position_cap is None else jnp.minimum(clock, plan.position_cap)
+    from_start = clock if store.position_cap is None else jnp.minimum(clock, store.position_cap)
     # As stored, so that a token weighs the same from the chunk as from the cache; and finite where
     # nobody may look, since 0 · NaN is NaN.
     seen = (positions >= 0)[..., None, None]
     slot_query = jnp.where(seen, query, 0)
     if sinks is not None and sinks.ndim == 3:
         sinks = jnp.where(seen[..., 0], sinks, 0)
-    capped = plan.position_cap is not None and plan.sink_slots > 0
     sink_query = None
     if rope is not None:
-        if capped:
+        if store.position_cap is not None:
             sink_query = rotate(slot_query, from_start, rope)
         if slots is not None and slots.position == "start":
             slot_query = rotate(slot_query, from_start, rope)
         query, key = rotate(query, clock, rope), rotate(key, clock, rope)
-    key = jnp.where(seen, key, 0).astype(layer_state.key.dtype)
-    value = jnp.where(seen, value, 0).astype(layer_state.value.dtype)
-    index = ring.slots(plan, positions)
+    key = jnp.where(seen, key, 0).astype(view.dtype)
+    value = jnp.where(seen, value, 0).astype(view.dtype)
     # Gates from the start of the chunk; what is stored counts backwards from its end.
     faded = None
     if log_forget is not None:
-        faded = jnp.where(seen[..., 0], log_forget, 0).astype(layer_state.decay.dtype).cumsum(1)
-
-    def write(old, key, value, faded, *, where=None) -> LayerState:
-        return LayerState(
-            old.key if key is None else ring.write(old.key, index, key, where=where),
-            old.value if value is None else ring.write(old.value, index, value, where=where),
-            None if faded is None else ring.write(old.decay, index, -faded, where=where),
-        )
+        wide = jnp.promote_types(view.dtype, jnp.float32)
+        faded = jnp.where(seen[..., 0], log_forget, 0).astype(wide).cumsum(1)
+    pool, finish = store.extend(view, Chunk(key, value, positions, faded, rope))
 
     logits = slot_logits(slot_query, slots, scale=scale, logits_soft_cap=logits_soft_cap)
     competing = logits if slots is not None and slots.competes else None
     described, joined = join_sinks(normalizer, sinks, competing)
-    # Kernels write the token where it lies. Widened values are a copy, and so are mapped keys.
-    in_place = T == 1 and not differential and not isinstance(resolve(described), Elu)
-    if T == 1:
-        # The one slot it overwrites holds token t − W, which it no longer sees.
-        new = (None, None) if in_place else (key, value)
-        state = write(layer_state, *new, faded)
-        key_positions = ring.write(layer_state.positions, index, positions)
-        keys, values, decay = state.key, state.value, state.decay
-    else:
-        # Sink tokens of the chunk go to their slots first, where `sink_query` meets them: whatever
-        # comes later than the query is hidden by position. The ring must not be written before all
-        # of the chunk has seen it.
-        is_sink = (positions >= 0) & (positions < plan.sink_slots)
-        held = write(layer_state, key, value, faded, where=is_sink)
-        held_positions = ring.write(layer_state.positions, index, positions, where=is_sink)
-        chunk_positions = jnp.where(is_sink, -1, positions)
-        keys = jnp.concatenate([held.key, key.swapaxes(1, 2)], axis=2)
-        values = jnp.concatenate([held.value, value.swapaxes(1, 2)], axis=2)
-        key_positions = jnp.concatenate([held_positions, chunk_positions], axis=1)
-        decay = None
-        if faded is not None:
-            decay = jnp.concatenate([held.decay, -faded.swapaxes(1, 2)], axis=2)
-        state = write(held, key, value, faded, where=(positions >= 0) & ~is_sink)
     bias = None
-    if faded is not None and decay is not None:
-        bias = faded.swapaxes(1, 2)[..., None] + decay[:, :, None, :]
-        state = dataclasses.replace(state, decay=state.decay + faded[:, -1, :, None])
+    if faded is not None:
+        bias = faded.swapaxes(1, 2)[..., None] + pool.decay[:, :, None, :]
     if position_bias is not None:
-        d = distances(positions, key_positions)
-        if capped:
-            P = plan.sink_slots
-            to_sinks = distances(from_start, key_positions[:, :P])
-            d = jnp.concatenate([to_sinks, d[..., P:]], axis=-1)
+        at = pool.positions
+        if at.ndim == 3:
+            at = jnp.repeat(at, query.shape[2] // key.shape[2], axis=1)
+        d = distances(positions, at)
+        if store.position_cap is not None and pool.sink_slots > 0:
+            first = at[..., : pool.sink_slots]
+            first = first if pool.sink_positions is None else pool.sink_positions
+            to_sinks = distances(from_start, first)
+            d = jnp.concatenate([to_sinks, d[..., pool.sink_slots :]], axis=-1)
         at_distance = position_bias(d)
         bias = at_distance if bias is None else bias + at_distance
-    if differential:
-        values = widen_values(values, axis=1)
 
     options: dict[str, Any] = {
         "query_positions": positions,
-        "key_positions": key_positions,
-        "sink_query": sink_query,
-        "num_sink_slots": 0 if sink_query is None else plan.sink_slots,
-        "num_sink_tokens": plan.num_sink_tokens,
-        "window": plan.window,
+        "key_positions": pool.positions,
+        "sink_query": sink_query if pool.sink_slots > 0 else None,
+        "num_sink_slots": pool.sink_slots,
+        "num_sink_tokens": pool.num_sink_tokens,
+        "window": pool.window,
         "bias": bias,
         "sinks": joined,
         "normalizer": described,
@@ -169,14 +160,28 @@ def attend(
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,
     }
-    if in_place:
-        step = decode_step(query, key, value, keys, values, slots=index[:, 0], **options)
-        out, lse = step.out, step.lse
-        state = dataclasses.replace(state, key=step.key, value=step.value)
+    if pool.visible is not None:
+        options["mask"] = pool.visible
+    keys, values = pool.key, pool.value
+    # Kernels write the token where it lies. Widened values are a copy, and so are mapped keys.
+    maps_keys = differential or isinstance(resolve(described), Elu)
+    if pool.slot is not None and pool.visible is None and not maps_keys:
+        step = decode_step(query, key, value, keys, values, slots=pool.slot, **options)
+        out, lse, keys, values = step.out, step.lse, step.key, step.value
     else:
+        if pool.slot is not None:
+            keys = ring.write(keys, pool.slot[:, None], key)
+            values = ring.write(values, pool.slot[:, None], value)
+        wide_values = widen_values(values, axis=1) if differential else values
         with_lse = slots is not None and slots.reads_lse
-        results: Any = decode_attention(query, keys, values, return_residual=with_lse, **options)
-        out, lse = results if with_lse else (results, None)
+        if pool.attend is not None:
+            out, lse = pool.attend(query, keys, wide_values, **options)
+        else:
+            results: Any = decode_attention(
+                query, keys, wide_values, return_residual=with_lse, **options
+            )
+            out, lse = results if with_lse else (results, None)
+    state = finish(Attended(query, sink_query, keys, values, scale, logits_soft_cap, rope))
     out = add_slot_values(out, slots, logits, lse, where=positions >= 0)
     return jnp.where(refused[..., None, None], jnp.nan, out), state
 
@@ -185,10 +190,10 @@ def _check(view: LayerView, query, key, window, num_sink_tokens, log_forget) -> 
     """Refuse what the cache was not made for."""
     spec = view.spec
     B, _, K, H = key.shape
-    if (K, H) != (spec.num_kv_heads, spec.head_dim) or B != view.key.shape[0]:
+    if (B, K, H) != (view.batch_size, spec.num_kv_heads, spec.head_dim):
         raise ValueError(
             f"key: the cache was made for [B, K, H] = "
-            f"{[view.key.shape[0], spec.num_kv_heads, spec.head_dim]}, got {[B, K, H]}"
+            f"{[view.batch_size, spec.num_kv_heads, spec.head_dim]}, got {[B, K, H]}"
         )
     given = (window, num_sink_tokens)
     if window is not None and given != (spec.window, spec.num_sink_tokens):

@@ -1,9 +1,21 @@
-"""What a cache keeps, what a layer was trained with, and the plan that follows from both."""
+"""What a cache keeps: the descriptions that a user writes, and the rings that two of them are."""
 
 import dataclasses
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+
+from sinkjax.cache.ring_store import Ring
+from sinkjax.cache.store import LayerSpec, Store, at_least
 
 PositionMode: TypeAlias = Literal["cache_relative", "absolute"]
+
+
+@runtime_checkable
+class Description(Protocol):
+    """What a cache keeps; frozen and hashable."""
+
+    def store(self, spec: LayerSpec, layer: int = 0, num_layers: int = 1) -> Store:
+        """How this layer keeps it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,21 +32,34 @@ class SinkWindow:
 
     Both are the same until t = C − 1.
 
+    Sinks elsewhere: with `num_sink_tokens="auto"` the P = `max_sink_tokens` sink slots are for the
+    tokens that `Cache.pin` names before they come (`stream.generate` finds them in the prompt); those
+    not named are empty. A pinned token is never evicted. As long as it is in the window it is a token
+    like any other, at its distance. After that it is, for slot j,
+
+    - in `absolute` at its distance t − p still;
+    - in `cache_relative` C − 1 − j away, where StreamingLLM has its sink j. One of the first P tokens
+      stays min(t, C − 1) − p away, so that pins at 0 … P − 1 are StreamingLLM.
+
     Args:
-        num_sink_tokens: P, at least 0.
+        num_sink_tokens: P, at least 0, or "auto".
         window: W, at least 1.
         position_mode: one of the two above.
+        max_sink_tokens: P of "auto", at least 1; by default as many as StreamingLLM keeps.
 
     Source: Xiao et al. 2023, arXiv 2309.17453; the defaults are 4 + 1020 as in their appendix.
     """
 
-    num_sink_tokens: int = 4
+    num_sink_tokens: int | Literal["auto"] = 4
     window: int = 1020
     position_mode: PositionMode = "cache_relative"
+    max_sink_tokens: int = 4
 
     def __post_init__(self) -> None:
-        _at_least("SinkWindow.num_sink_tokens", self.num_sink_tokens, 0)
-        _at_least("SinkWindow.window", self.window, 1)
+        if self.num_sink_tokens != "auto":
+            at_least("SinkWindow.num_sink_tokens", self.num_sink_tokens, 0)
+        at_least("SinkWindow.max_sink_tokens", self.max_sink_tokens, 1)
+        at_least("SinkWindow.window", self.window, 1)
         if self.position_mode not in get_args(PositionMode):
             raise ValueError(
                 f"SinkWindow.position_mode: expected one of {', '.join(get_args(PositionMode))}, "
@@ -44,7 +69,28 @@ class SinkWindow:
     @property
     def capacity(self) -> int:
         """C = P + W, in tokens."""
-        return self.num_sink_tokens + self.window
+        return self.sink_slots + self.window
+
+    @property
+    def sink_slots(self) -> int:
+        """P, found or given."""
+        return self.max_sink_tokens if self.num_sink_tokens == "auto" else self.num_sink_tokens
+
+    def store(self, spec: LayerSpec, layer: int = 0, num_layers: int = 1) -> Ring:
+        """A layer whose own window fits in the cache keeps its trained mask, others get this one.
+
+        `cache_relative` holds sinks at the distance of the *description's* C − 1 in every layer,
+        also in those with a smaller ring: before t = C − 1 the whole model is then the trained one.
+        """
+        own = trained_window(spec, self.window)
+        window = self.window if own is None else own
+        sinks = self.sink_slots if own is None else spec.num_sink_tokens
+        cap = None
+        if self.position_mode == "cache_relative":
+            cap = max(self.capacity, sinks + window) - 1
+        if own is None and self.num_sink_tokens == "auto":
+            return Ring(sinks, window, window, 0, cap, None, pinned=True)
+        return Ring(sinks, window, window, sinks, cap, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +103,7 @@ class Full:
     length: int
 
     def __post_init__(self) -> None:
-        _at_least("Full.length", self.length, 1)
+        at_least("Full.length", self.length, 1)
 
     @property
     def capacity(self) -> int:
@@ -68,90 +114,20 @@ class Full:
     def position_mode(self) -> PositionMode:
         return "absolute"
 
+    def store(self, spec: LayerSpec, layer: int = 0, num_layers: int = 1) -> Ring:
+        """A layer with a window of its own needs no more slots than that."""
+        own = trained_window(spec, self.length)
+        if own is None:
+            return Ring(0, self.length, None, 0, None, self.length)
+        sinks = spec.num_sink_tokens
+        slots = (sinks, own) if sinks + own <= self.length else (0, self.length)
+        return Ring(*slots, own, sinks, None, self.length)
 
-Description: TypeAlias = SinkWindow | Full
 
+def trained_window(spec: LayerSpec, room: int) -> int | None:
+    """The window that a layer was trained with, where it fits.
 
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """The shape of a layer's keys and the mask it was trained with.
-
-    Args:
-        num_kv_heads, head_dim: K and H.
-        window: keys seen back in training, the query's own included; None is all.
-        num_sink_tokens: sink tokens exempt from that window in training.
-        num_forget_heads: N, query heads with a forget gate, whose decay is kept per slot; 0: none.
+    Such a layer keeps exactly its trained mask, its own sink tokens and no others, whatever the
+    description: streaming does not change what it computes, and it needs no more memory than that.
     """
-
-    num_kv_heads: int
-    head_dim: int
-    window: int | None = None
-    num_sink_tokens: int = 0
-    num_forget_heads: int = 0
-
-    def __post_init__(self) -> None:
-        _at_least("LayerSpec.num_kv_heads", self.num_kv_heads, 1)
-        _at_least("LayerSpec.head_dim", self.head_dim, 1)
-        _at_least("LayerSpec.num_sink_tokens", self.num_sink_tokens, 0)
-        _at_least("LayerSpec.num_forget_heads", self.num_forget_heads, 0)
-        if self.window is not None:
-            _at_least("LayerSpec.window", self.window, 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerPlan:
-    """Layout and mask of one layer's cache.
-
-    Position p lives in slot p below `sink_slots`, and in slot `sink_slots + (p − sink_slots) mod
-    ring_slots` above. The mask is `window` and `num_sink_tokens` as in `ops.decode_attention`.
-
-    Args:
-        sink_slots, ring_slots: their sum is the layer's capacity.
-        window, num_sink_tokens: the mask; None is unbounded.
-        position_cap: the largest position at which a query meets the sink slots; None: its own.
-        limit: first position that does not fit (`Full`), or None.
-    """
-
-    sink_slots: int
-    ring_slots: int
-    window: int | None
-    num_sink_tokens: int
-    position_cap: int | None
-    limit: int | None
-
-    @property
-    def capacity(self) -> int:
-        return self.sink_slots + self.ring_slots
-
-
-def plan(description: Description, spec: LayerSpec) -> LayerPlan:
-    """How a layer is cached.
-
-    A layer whose own window fits in the cache (W_l ≤ W) keeps exactly its trained mask, its own
-    sink tokens and no others: streaming does not change what it computes, and it needs no more
-    memory than that. Every other layer gets the description's sink tokens and window.
-
-    `cache_relative` holds sinks at the distance of the *description's* C − 1 in every layer, also
-    in those with a smaller ring: before t = C − 1 the whole model is then the trained one.
-    """
-    own = spec.window is not None and spec.window <= description.capacity
-    if isinstance(description, Full):
-        sink_slots = spec.num_sink_tokens if own else 0
-        ring_slots = spec.window if own and spec.window is not None else description.length
-        if sink_slots + ring_slots > description.length:
-            sink_slots, ring_slots = 0, description.length
-        sinks = spec.num_sink_tokens if own else 0
-        window = spec.window if own else None
-        return LayerPlan(sink_slots, ring_slots, window, sinks, None, description.length)
-    own = spec.window is not None and spec.window <= description.window
-    sinks = spec.num_sink_tokens if own else description.num_sink_tokens
-    window = spec.window if own and spec.window is not None else description.window
-    cap = None
-    if description.position_mode == "cache_relative":
-        cap = max(description.capacity, sinks + window) - 1
-    return LayerPlan(sinks, window, window, sinks, cap, None)
-
-
-def _at_least(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+    return spec.window if spec.window is not None and spec.window <= room else None

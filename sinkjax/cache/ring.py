@@ -5,10 +5,12 @@ cannot be served (past `LIMIT` or past a `Full` cache) is *refused*: its token g
 written.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from sinkjax.cache.descriptions import LayerPlan
+from sinkjax.cache.store import Layout
 
 LIMIT = 2**31 - 1
 """First position that a stream refuses: the clock after it would not fit int32."""
@@ -17,31 +19,86 @@ REFUSED = -2
 """What `Cache.next_positions` gives instead of a position past the limit."""
 
 
-def refused(plan: LayerPlan, positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Tokens that this layer cannot serve."""
+class Pinned(NamedTuple):
+    """Of a layout with pins: positions `[B, C]` per slot, and `[B, P]` of the pins, −1 for none."""
+
+    positions: Any
+    pins: Any
+
+
+def refused(limit: int | None, positions: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Tokens that a layer with this limit cannot serve."""
     out = (positions < -1) | (positions >= LIMIT)
-    return out if plan.limit is None else out | (positions >= plan.limit)
+    return out if limit is None else out | (positions >= limit)
 
 
-def served(plan: LayerPlan, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def served(limit: int | None, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Positions with every refused token turned into padding."""
-    return jnp.where(refused(plan, positions), -1, positions)
+    return jnp.where(refused(limit, positions), -1, positions)
 
 
-def slots(plan: LayerPlan, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def sinks(
+    layout: Layout, positions: Int[Array, "B T"], pins: Int[Array, "B P"] | None
+) -> tuple[Bool[Array, "B T"], Int[Array, "B T"]]:
+    """Tokens of a chunk that go to a sink slot at once, and that slot."""
+    if pins is None:
+        return (positions >= 0) & (positions < layout.sink_slots), positions
+    same = (positions[..., None] == pins[:, None]) & (pins[:, None] >= 0)
+    is_sink = same.any(-1)
+    if layout.pins_at_once is not None:
+        is_sink &= positions < layout.pins_at_once
+    return is_sink, same.argmax(-1).astype(positions.dtype)
+
+
+def late_pins(
+    layout: Layout, positions: Int[Array, "B T"], pins: Int[Array, "B P"]
+) -> tuple[Bool[Array, "B P"], Int[Array, "B P"]]:
+    """Pins that come in this chunk and go to the ring first, and which token of it each is."""
+    if layout.pins_at_once is None:
+        return jnp.zeros(pins.shape, bool), jnp.zeros_like(pins)
+    same = (positions[:, None] == pins[..., None]) & (pins[..., None] >= layout.pins_at_once)
+    return same.any(-1), same.argmax(-1)
+
+
+def slots(
+    layout: Layout, positions: Int[Array, "B T"], pins: Int[Array, "B P"] | None = None
+) -> Int[Array, "B T"]:
     """The slot that each token of a chunk is written to, unique within a row.
 
     A token that is not written (padding, refused, or evicted again by a later token of its own
     chunk) gets an index past the end, a different one for each, so that the scatter may
     promise unique indices and drops them: the result does not depend on the order of writes.
     """
-    P, W = plan.sink_slots, plan.ring_slots
-    positions = served(plan, positions)
+    P, W = layout.sink_slots, layout.ring_slots
+    positions = served(layout.limit, positions)
     newest = positions.max(axis=1, keepdims=True)
-    written = (positions >= 0) & ((positions < P) | (newest - positions < W))
-    slot = jnp.where(positions < P, positions, P + (positions - P) % W)
+    is_sink, sink_slot = sinks(layout, positions, pins)
+    written = (positions >= 0) & (is_sink | (newest - positions < W))
+    slot = jnp.where(is_sink, sink_slot, P + (positions - P) % W)
     outside = P + W + jnp.arange(positions.shape[1], dtype=positions.dtype)
     return jnp.where(written, slot, outside)
+
+
+def record(layout: Layout, held: Any, positions: Int[Array, "B T"]) -> Any:
+    """The shared positions of a layout after a chunk."""
+    old, pins = held if isinstance(held, Pinned) else (held, None)
+    positions = served(layout.limit, positions)
+    new = write(old, slots(layout, positions, pins), positions)
+    return new if pins is None else Pinned(with_late_pins(layout, new, positions, pins), pins)
+
+
+def with_late_pins(
+    layout: Layout,
+    held: Int[Array, "B C"],
+    positions: Int[Array, "B T"],
+    pins: Int[Array, "B P"] | None,
+) -> Int[Array, "B C"]:
+    """Positions per slot, those of the `late_pins` of a chunk among them."""
+    if pins is None:
+        return held
+    come, _ = late_pins(layout, positions, pins)
+    first = held[:, : layout.sink_slots]
+    return held.at[:, : layout.sink_slots].set(jnp.where(come, pins, first))
 
 
 def write(

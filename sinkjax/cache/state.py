@@ -9,91 +9,121 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Int
 
 from sinkjax.cache import ring
-from sinkjax.cache.descriptions import Description, Full, LayerPlan, LayerSpec, SinkWindow, plan
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["key", "value", "decay"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class LayerState:
-    """Keys, rotated at their true positions, and values of one layer: `[B, K, C, H]` each.
-
-    A layer with a forget gate also has `decay` `[B, N, C]`: the log gates from the token of a slot
-    to the last one, at most 0. Counted from the end, it never outgrows its float.
-    """
-
-    # `Any` in pytrees: their leaves are not always arrays (`jax.eval_shape`, `jax.tree.map`).
-    key: Any
-    value: Any
-    decay: Any = None
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["key", "value", "positions", "decay"],
-    meta_fields=["plan", "spec"],
-)
-@dataclasses.dataclass(frozen=True)
-class LayerView:
-    """What `attend` needs of a cache to serve one layer: its leaves, and `[B, C]` positions."""
-
-    key: Any
-    value: Any
-    positions: Any
-    plan: LayerPlan
-    spec: LayerSpec
-    decay: Any = None
-
-    @property
-    def capacity(self) -> int:
-        """Slots of this layer."""
-        return self.plan.capacity
+from sinkjax.cache.descriptions import Description
+from sinkjax.cache.store import LayerSpec, LayerView, Layout, Store
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["layers", "positions", "time"],
-    meta_fields=["description", "specs", "context_length"],
+    meta_fields=["description", "specs", "context_length", "dtype"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """A stream's memory, of constant size however long the stream gets.
 
     Args:
-        layers: one `LayerState` per layer.
-        positions: `[B, C]` int32 per group of layers of one layout; −1 is an empty slot.
+        layers: the state of every layer, as its store made it.
+        positions: `[B, C]` int32 for each layout among the layers, a `ring.Pinned` for one with pins;
+            −1 is an empty slot.
         time: `[B]` int32, the number of tokens each row has taken, which is its next position.
         description: what is kept.
         specs: what the layers were trained with.
         context_length: tokens the model was trained on, or None.
+        dtype: of stored keys and values.
     """
 
-    layers: tuple[LayerState, ...]
+    layers: tuple[Any, ...]
     positions: tuple[Any, ...]
     time: Any
     description: Description
     specs: tuple[LayerSpec, ...]
     context_length: int | None
+    dtype: str
 
     @property
-    def plans(self) -> tuple[LayerPlan, ...]:
-        """Layout and mask per layer."""
-        return tuple(plan(self.description, spec) for spec in self.specs)
+    def stores(self) -> tuple[Store, ...]:
+        """How each layer keeps it."""
+        return _stores(self.description, self.specs)
 
     @property
     def capacity(self) -> int:
-        """Slots of the largest layer: the most tokens the model can still look at."""
-        return max(p.capacity for p in self.plans)
+        """Of the largest layer: the most tokens the model can still look at."""
+        return max(store.capacity for store in self.stores)
+
+    @property
+    def limit(self) -> int | None:
+        """First position that does not fit, or None for a cache that streams without end."""
+        return _limit(self.stores)
 
     @property
     def evicted(self) -> Int[Array, " B"]:
-        """Tokens of each row that no layer holds any more."""
+        """Tokens of each row that the largest layer can no longer look at."""
         return jnp.maximum(self.time - self.capacity, 0)
+
+    @property
+    def num_pins(self) -> int:
+        """P, sink slots whose tokens are given by `pin`; 0 for a cache that has none."""
+        return max((x.sink_slots for x in _layouts(self.stores) if x.pinned), default=0)
+
+    @property
+    def sink_positions(self) -> Int[Array, "B P"] | None:
+        """Positions of the pinned tokens of each row, −1 for none; None without slots for pins."""
+        pins = [held.pins for held in self.positions if isinstance(held, ring.Pinned)]
+        return max(pins, key=lambda x: x.shape[1]) if pins else None
+
+    def pin(
+        self,
+        positions: ArrayLike | Sequence[int],
+        *,
+        rows: ArrayLike | Sequence[bool] | None = None,
+    ) -> "Cache":
+        """Say which tokens of the text to come are sinks: they are kept for ever once they come.
+
+        On the host or inside jit, where a token that has passed cannot be refused: it is not kept.
+
+        Args:
+            positions: `[B, P]` or `[P]` for all rows, at most as many as there are slots; −1 is none.
+            rows: `[B]`, True where to pin; None is every row. What was pinned in them is forgotten.
+
+        Raises:
+            ValueError: a description without slots for pins, too many of them, one twice, or a row
+                that is not empty.
+        """
+        B, P = self.time.shape[0], self.num_pins
+        if P == 0:
+            raise ValueError(
+                "pin: the cache has no slots for pinned tokens; "
+                f"SinkWindow(num_sink_tokens='auto') has, got {self.description}"
+            )
+        traced = any(isinstance(x, Tracer) for x in (positions, rows, self.time))
+        xp: Any = jnp if traced else np
+        pins = xp.atleast_2d(xp.asarray(positions)).astype("int32")
+        if pins.ndim != 2 or pins.shape[0] not in (1, B) or pins.shape[1] > P:
+            raise ValueError(
+                f"positions: expected [B, P] or [P] with B={B} and at most P={P}, got {pins.shape}"
+            )
+        where = xp.ones(B, bool) if rows is None else xp.asarray(rows)
+        pins = xp.broadcast_to(pins, (B, pins.shape[1]))
+        if not traced:
+            _check_pins(pins[where], np.asarray(self.time)[where])
+        # Ascending, so that sinks keep the order they have in the text; then those that are none.
+        pins = xp.sort(xp.where(pins < 0, ring.LIMIT, pins), axis=1)
+        pins = xp.where(pins == ring.LIMIT, -1, pins)
+        pins = xp.pad(pins, ((0, 0), (0, P - pins.shape[1])), constant_values=-1)
+
+        def put(held):
+            if not isinstance(held, ring.Pinned):
+                return held
+            new = pins[:, : held.pins.shape[1]]
+            return held._replace(pins=jnp.where(where[:, None], new, held.pins))
+
+        return dataclasses.replace(self, positions=tuple(map(put, self.positions)))
 
     @property
     def nbytes(self) -> int:
@@ -102,11 +132,9 @@ class Cache:
 
     def layer(self, index: int) -> LayerView:
         """What layer `index` attends to."""
-        state, plans = self.layers[index], self.plans
-        positions = self.positions[_groups(plans).index(_layout(plans[index]))]
-        return LayerView(
-            state.key, state.value, positions, plans[index], self.specs[index], state.decay
-        )
+        store, layouts = self.stores[index], _layouts(self.stores)
+        positions = tuple(self.positions[layouts.index(layout)] for layout in store.layouts)
+        return LayerView(self.layers[index], positions, store, self.specs[index], self.dtype)
 
     def next_positions(self, length: int) -> Int[Array, "B T"]:
         """Positions t + (0 … length − 1) of the coming tokens; those past int32 are refused."""
@@ -114,11 +142,11 @@ class Cache:
         fits = self.time[:, None] < ring.LIMIT - offset
         return jnp.where(fits, self.time[:, None] + offset, ring.REFUSED)
 
-    def advance(self, layers: Sequence[LayerState], positions: Int[Array, "B T"]) -> "Cache":
+    def advance(self, layers: Sequence[Any], positions: Int[Array, "B T"]) -> "Cache":
         """The cache after a chunk: the layers' new states, positions written, clocks moved.
 
         Args:
-            layers: the `LayerState` of every layer, in order.
+            layers: the new state of every layer, in order.
             positions: as given to `attend`; −1 moves no clock.
 
         A row that was given a position past int32 is stuck at the end of time: all its later
@@ -126,11 +154,9 @@ class Cache:
         """
         if len(layers) != len(self.layers):
             raise ValueError(f"layers: expected {len(self.layers)} states, got {len(layers)}")
-        written, plans = [], self.plans
-        for layout, old in zip(_groups(plans), self.positions, strict=True):
-            group = next(p for p in plans if _layout(p) == layout)
-            kept = ring.served(group, positions)
-            written.append(ring.write(old, ring.slots(group, positions), kept))
+        written = []
+        for layout, old in zip(_layouts(self.stores), self.positions, strict=True):
+            written.append(ring.record(layout, old, positions))
         beyond = ((positions < -1) | (positions >= ring.LIMIT)).any(axis=1)
         last = jnp.where(positions < ring.LIMIT, positions + 1, 0).max(axis=1, initial=0)
         time = jnp.where(beyond, ring.LIMIT, jnp.maximum(self.time, last))
@@ -138,17 +164,12 @@ class Cache:
 
     def reset_rows(self, mask: Bool[Array, " B"]) -> "Cache":
         """Empty the rows where `mask` is True, for a new text; the other rows do not notice."""
+        empty = _empty(self.description, self.specs, 1, self.dtype, self.context_length)
 
-        def clear(leaf, empty):
-            where = mask.reshape(-1, *(1,) * (leaf.ndim - 1))
-            return jnp.where(where, jnp.asarray(empty, leaf.dtype), leaf)
+        def clear(leaf, fresh):
+            return jnp.where(mask.reshape(-1, *(1,) * (leaf.ndim - 1)), fresh, leaf)
 
-        return dataclasses.replace(
-            self,
-            layers=jax.tree.map(lambda leaf: clear(leaf, 0), self.layers),
-            positions=tuple(clear(leaf, -1) for leaf in self.positions),
-            time=clear(self.time, 0),
-        )
+        return jax.tree.map(clear, self, empty)
 
     def require_room(self, length: ArrayLike, *, at: ArrayLike | None = None) -> None:
         """Refuse, on the host, tokens the cache cannot take; warn of those it was not made for.
@@ -169,13 +190,13 @@ class Cache:
                 f"length: the clock of a stream ends at {ring.LIMIT} (int32), got {last - held} "
                 f"more tokens at {held}; reset the row"
             )
-        if isinstance(self.description, Full) and last > self.description.length:
+        limit, trained = self.limit, self.context_length
+        if limit is not None and last > limit:
             raise ValueError(
-                f"length: a Full cache of length {self.description.length} holds {held} tokens "
+                f"length: a Full cache of length {limit} holds {held} tokens "
                 f"and cannot take {last - held} more; SinkWindow streams without end"
             )
-        trained = self.context_length
-        if trained is not None and self.description.position_mode == "absolute":
+        if trained is not None and any(store.position_cap is None for store in self.stores):
             if ((begin <= trained) & (end > trained)).any():  # once per stream, at the crossing
                 warnings.warn(
                     f"absolute positions from here on are past the context_length of {trained} "
@@ -204,52 +225,78 @@ def create(
     Raises:
         ValueError: no layers, no rows, or `cache_relative` with more slots than the context length.
     """
-    if not isinstance(description, SinkWindow | Full):
-        raise ValueError(f"description: expected SinkWindow or Full, got {description!r}")
+    if not isinstance(description, Description):
+        raise ValueError(f"description: expected SinkWindow, Full or another, got {description!r}")
     if not layers:
         raise ValueError("layers: expected at least one LayerSpec, got none")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     specs = tuple(layers)
-    plans = tuple(plan(description, spec) for spec in specs)
-    slots = max(description.capacity, *(p.capacity for p in plans))
-    if context_length is not None and slots > context_length:
-        if description.position_mode == "cache_relative":
+    stores = _stores(description, specs)
+    caps = [store.position_cap for store in stores]
+    if context_length is not None:
+        capped = 1 + max((cap for cap in caps if cap is not None), default=-1)
+        if capped > context_length:
             raise ValueError(
                 f"description: cache_relative needs at most context_length={context_length} slots, "
-                f"got num_sink_tokens + window = {slots}"
+                f"got num_sink_tokens + window = {capped}"
             )
-        warnings.warn(
-            f"a cache of {slots} slots at absolute positions reaches past the context_length of "
-            f"{context_length} that the model was trained on",
-            stacklevel=2,
-        )
+        slots = max(store.capacity for store in stores)
+        if None in caps and slots > context_length:
+            warnings.warn(
+                f"a cache of {slots} slots at absolute positions reaches past the context_length "
+                f"of {context_length} that the model was trained on",
+                stacklevel=2,
+            )
+    return _empty(description, specs, batch_size, jnp.dtype(dtype).name, context_length)
 
-    def empty(spec: LayerSpec, p: LayerPlan) -> LayerState:
-        # Two arrays: a step that donates the cache may not be given one buffer twice.
-        shape = (batch_size, spec.num_kv_heads, p.capacity, spec.head_dim)
-        decay = None
-        if spec.num_forget_heads > 0:
-            wide = jnp.promote_types(dtype, jnp.float32)
-            decay = jnp.zeros((batch_size, spec.num_forget_heads, p.capacity), wide)
-        return LayerState(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), decay)
 
+def _empty(
+    description: Description,
+    specs: tuple[LayerSpec, ...],
+    batch_size: int,
+    dtype: str,
+    context_length: int | None,
+) -> Cache:
+    stores = _stores(description, specs)
     return Cache(
-        layers=tuple(empty(spec, p) for spec, p in zip(specs, plans, strict=True)),
-        positions=tuple(
-            jnp.full((batch_size, sum(layout)), -1, jnp.int32) for layout in _groups(plans)
+        layers=tuple(
+            store.empty(spec, batch_size, dtype) for store, spec in zip(stores, specs, strict=True)
         ),
+        positions=tuple(_empty_positions(layout, batch_size) for layout in _layouts(stores)),
         time=jnp.zeros((batch_size,), jnp.int32),
         description=description,
         specs=specs,
         context_length=context_length,
+        dtype=dtype,
     )
 
 
-def _layout(p: LayerPlan) -> tuple[int, int]:
-    return p.sink_slots, p.ring_slots
+def _empty_positions(layout: Layout, batch_size: int) -> Any:
+    held = jnp.full((batch_size, layout.sink_slots + layout.ring_slots), -1, jnp.int32)
+    if not layout.pinned:
+        return held
+    return ring.Pinned(held, jnp.full((batch_size, layout.sink_slots), -1, jnp.int32))
 
 
-def _groups(plans: Sequence[LayerPlan]) -> list[tuple[int, int]]:
+def _check_pins(pins: np.ndarray, time: np.ndarray) -> None:
+    for row, taken in zip(pins, time, strict=True):
+        given = row[row >= 0].tolist()
+        if len(set(given)) < len(given):
+            raise ValueError(f"positions: expected each token once, got {given}")
+        if taken > 0:
+            raise ValueError(f"pin: expected rows without tokens, got one at {taken}; reset it")
+
+
+@functools.lru_cache(maxsize=64)
+def _stores(description: Description, specs: tuple[LayerSpec, ...]) -> tuple[Store, ...]:
+    return tuple(description.store(spec, i, len(specs)) for i, spec in enumerate(specs))
+
+
+def _layouts(stores: Sequence[Store]) -> list[Layout]:
     """The distinct layouts, in order of first appearance."""
-    return list(dict.fromkeys(_layout(p) for p in plans))
+    return list(dict.fromkeys(layout for store in stores for layout in store.layouts))
+
+
+def _limit(stores: Sequence[Store]) -> int | None:
+    return min((s.limit for s in stores if s.limit is not None), default=None)

@@ -19,6 +19,8 @@ from sinkjax.cli.record import version
 class Command:
     """One command: the module `sinkjax.cli.<its name>` with a dataclass and `run(config) -> int`.
 
+    A hyphen in the name is an underscore in that of the module.
+
     Args:
       config: name of the dataclass in that module; its fields are the flags.
       summary: one line for `sinkjax --help`.
@@ -40,7 +42,10 @@ COMMANDS = {
         "Train", "train a model, or go on with a run", default="default", resumes=True
     ),
     "generate": Command("Generate", "stream text from a run, without end if you like"),
+    "chat": Command("Chat", "talk with a run, turn by turn, on a constant cache"),
+    "stream": Command("Stream", "perplexity of a text of any length, as it is read"),
     "evaluate": Command("Evaluate", "perplexity along a stream, for three cache policies"),
+    "cache-report": Command("CacheReport", "perplexity against sinks, policy, budget, bits"),
     "analyze": Command("Analyze", "measure and draw the sinks of a run: report.html"),
 }
 
@@ -119,7 +124,7 @@ def overview() -> str:
 
 def _run(name: str, argv: list[str]) -> int:
     command = COMMANDS[name]
-    module = importlib.import_module(f"sinkjax.cli.{name}")
+    module = importlib.import_module(f"sinkjax.cli.{name.replace('-', '_')}")
     default = {} if command.default is None else {"default": getattr(module, command.default)(argv)}
     return module.run(parse(getattr(module, command.config), argv, f"sinkjax {name}", **default))
 

@@ -70,6 +70,7 @@ def run(config: Evaluate) -> int:
             num_sink_tokens=cache.num_sink_tokens,
             window=cache.window,
             position_mode=cache.position_mode,
+            max_sink_tokens=cache.max_sink_tokens,
             lead=trained.lead,
             chunk_size=config.chunk_size,
             every=config.every,

@@ -1,7 +1,6 @@
 """`sinkjax generate`: text on the terminal as it comes."""
 
 import dataclasses
-import re
 import sys
 import time
 from typing import Annotated
@@ -9,11 +8,11 @@ from typing import Annotated
 import tyro
 
 from sinkjax.cli.options import CacheOptions, open_run
+from sinkjax.cli.terminal import harmless, numbers
 from sinkjax.stream import Sampler, generate
+from sinkjax.stream.prompt import Overlength
 
 _PROMPT = tyro.conf.arg(metavar="[PROMPT]", help_behavior_hint="")
-# What a byte model may send to a terminal by accident: all control characters but \t and \n.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +27,9 @@ class Generate:
       cache: what the model looks back at.
       sampler: how a token is drawn.
       max_new_tokens: tokens to draw; None: until Ctrl-C.
+      stop: texts that end the stream; it ends before them.
+      overlength: of a prompt longer than the cache, chunk reads everything, truncate_middle its two
+        ends, and error refuses it.
       seed: of the sampler.
       chunk_size: tokens of the prompt per step.
     """
@@ -35,6 +37,8 @@ class Generate:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     prompt: Annotated[str | None, tyro.conf.Positional, _PROMPT] = None
     max_new_tokens: int | None = 256
+    stop: tuple[str, ...] = ()
+    overlength: Overlength = "chunk"
     seed: int = 0
     chunk_size: int = 256
     cache: Annotated[CacheOptions, tyro.conf.arg(name="")] = CacheOptions()
@@ -55,9 +59,11 @@ def run(config: Generate) -> int:
         sampler=config.sampler,
         seed=config.seed,
         max_new_tokens=config.max_new_tokens,
+        stop_strings=config.stop,
         tokenizer=trained.tokenizer,
         chunk_size=config.chunk_size,
         bos=trained.has_bos,
+        overlength=config.overlength,
     )
     terminal = sys.stdout.isatty()
     tokens, statistics, begun = 0, None, time.perf_counter()
@@ -66,15 +72,10 @@ def run(config: Generate) -> int:
             tokens, statistics = tokens + 1, event.statistics
             if tokens <= 2:
                 begun = time.perf_counter()  # the prompt and both compilations are behind
-            sys.stdout.write(_CONTROL.sub("\ufffd", event.text) if terminal else event.text)
+            sys.stdout.write(harmless(event.text) if terminal else event.text)
             sys.stdout.flush()
     finally:
         if statistics is not None:
             seconds = time.perf_counter() - begun
-            speed = f"{(tokens - 2) / seconds:,.0f} tokens/s, " if tokens > 2 else ""
-            print(
-                f"\n{tokens:,} tokens, {speed}{statistics.evicted:,} evicted, "
-                f"cache {statistics.cache_bytes:,} bytes in {statistics.cache_slots:,} slots",
-                file=sys.stderr,
-            )
+            print("\n" + numbers(tokens, seconds, statistics), file=sys.stderr)
     return 0

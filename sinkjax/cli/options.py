@@ -3,8 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
 from sinkjax.cache import PositionMode, SinkWindow
 from sinkjax.models import Decoder, load
@@ -14,20 +16,24 @@ from sinkjax.train.corpus import find_files, read_documents
 from sinkjax.train.tokenizer import load_tokenizer
 from sinkjax.typing import Tokenizer
 
+_SINKS = tyro.conf.arg(aliases=["--sink-tokens"])
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
     """The cache: the first tokens of the stream and the last ones, of constant size.
 
     Args:
-      num_sink_tokens: first tokens that are kept for ever.
+      num_sink_tokens: first tokens that are kept for ever; auto: sinks found anywhere in the prompt.
+      max_sink_tokens: most sinks that auto keeps.
       window: last tokens that are kept; None: what the context length leaves beside the sinks.
       position_mode: cache_relative: no distance exceeds the cache, which must fit the context
         length, and a stream may be endless. absolute: positions in the text, good for as many
         tokens as the context length.
     """
 
-    num_sink_tokens: int = 4
+    num_sink_tokens: Annotated[int | Literal["auto"], _SINKS] = 4
+    max_sink_tokens: int = 4
     window: int | None = None
     position_mode: PositionMode = "cache_relative"
 
@@ -37,15 +43,17 @@ class CacheOptions:
         Raises:
           ValueError: fewer sink tokens than none, a window below 1, or sinks that fill the context.
         """
-        window = self.window
+        sinks, window = self.num_sink_tokens, self.window
+        if sinks == "auto":
+            sinks = self.max_sink_tokens
         if window is None:
-            window = context_length - self.num_sink_tokens
+            window = context_length - sinks
             if window < 1:
                 raise ValueError(
                     f"num-sink-tokens: expected fewer than the context length {context_length}, "
-                    f"got {self.num_sink_tokens}"
+                    f"got {sinks}"
                 )
-        return SinkWindow(self.num_sink_tokens, window, self.position_mode)
+        return SinkWindow(self.num_sink_tokens, window, self.position_mode, self.max_sink_tokens)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,3 +15,5 @@ from sinkjax.diagnose.metrics import Settings as Settings
 from sinkjax.diagnose.page import Section as Section
 from sinkjax.diagnose.page import write_report as write_report
 from sinkjax.diagnose.report import Report as Report
+from sinkjax.diagnose.sparsity import Kept as Kept
+from sinkjax.diagnose.sparsity import sparse_recall as sparse_recall

@@ -209,6 +209,7 @@ class Decoder(nnx.Module):
                 layer.window,
                 layer.num_sink_tokens,
                 config.num_heads if config.forget_gate else 0,
+                config.num_heads,
             )
             for layer in map(config.layer, range(config.num_layers))
         ]

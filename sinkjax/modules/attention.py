@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sinkjax.cache import LayerState, LayerView, attend
+from sinkjax.cache import LayerView, attend
 from sinkjax.modules.attention_config import AttentionConfig as AttentionConfig
 from sinkjax.modules.gate import Gate
 from sinkjax.modules.norm import RMSNorm
@@ -100,7 +100,7 @@ class Attention(nnx.Module):
         segment_ids: Int[Array, "B T"] | Int[Array, " T"] | None = None,
         cache: LayerView | None = None,
         statistics: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LayerState | None, dict[str, Array]]:
+    ) -> tuple[Float[Array, "B T D"], Any | None, dict[str, Array]]:
         """Attend within ``x``, or with a cache over the cached tokens and ``x``.
 
         Args:

@@ -1,11 +1,13 @@
 """A transformer block: two halves, each with norms and a residual."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from sinkjax.cache import LayerState, LayerView
+from sinkjax.cache import LayerView
 from sinkjax.modules.attention import Attention, AttentionConfig
 from sinkjax.modules.mlp import MLP
 from sinkjax.modules.norm import make_norm
@@ -64,7 +66,7 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | Int[Array, " T"] | None = None,
         cache: LayerView | None = None,
         statistics: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LayerState | None, dict[str, Array]]:
+    ) -> tuple[Float[Array, "B T D"], Any | None, dict[str, Array]]:
         """As `Attention.__call__`, over the whole block; a cache takes residual statistics only."""
         is_pre = self.config.norm_placement != "post"
         out, state, reduced = self.attention(

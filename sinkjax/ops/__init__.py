@@ -57,3 +57,8 @@ from sinkjax.ops.penalties import decorrelation as decorrelation
 from sinkjax.ops.penalties import head_balance as head_balance
 from sinkjax.ops.penalties import hidden_z_loss as hidden_z_loss
 from sinkjax.ops.penalties import tweo as tweo
+
+# Long prompts, small caches, tokens that are sinks
+from sinkjax.ops import quantize as quantize
+from sinkjax.ops import sink_detection as sink_detection
+from sinkjax.ops import sparse as sparse

@@ -13,10 +13,12 @@ from sinkjax_kernels.masks import index_within_segment as index_within_segment
 
 
 def distances(
-    query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"]
-) -> Int[Array, "#B 1 T S"]:
-    """Position of the query minus position of the key, with a place for the heads."""
-    return query_positions[:, None, :, None] - key_positions[:, None, None, :]
+    query_positions: Int[Array, "#B T"], key_positions: Int[Array, "#B S"] | Int[Array, "#B N S"]
+) -> Int[Array, "#B #N T S"]:
+    """Position of the query minus position of the key, which may differ from head to head."""
+    if key_positions.ndim == 2:
+        key_positions = key_positions[:, None]
+    return query_positions[:, None, :, None] - key_positions[:, :, None, :]
 
 
 def alibi_slopes(num_heads: int, *, balanced: bool = False) -> Float[Array, " N"]:
@@ -38,7 +40,7 @@ def alibi_slopes(num_heads: int, *, balanced: bool = False) -> Float[Array, " N"
 
 
 def alibi_bias(
-    distance: Int[Array, "#B 1 T S"], slopes: Float[Array, " N"]
+    distance: Int[Array, "#B #N T S"], slopes: Float[Array, " N"]
 ) -> Float[Array, "#B N T S"]:
     r"""$-m_n |d|$: the further, the less.
 
@@ -70,7 +72,7 @@ def alibi_decay(
 
 
 def learned_distance_bias(
-    distance: Int[Array, "#B 1 T S"], table: Float[Array, "N R"]
+    distance: Int[Array, "#B #N T S"], table: Float[Array, "N R"]
 ) -> Float[Array, "#B N T S"]:
     r"""$\beta_{n,|d|}$ for distances below R, 0 beyond.
 
@@ -83,7 +85,11 @@ def learned_distance_bias(
 
     Source: Fu et al. 2026 (Lazy Attention), arXiv 2601.00919, with R = 512.
     """
-    R = table.shape[1]
-    d = jnp.abs(distance[:, 0])
+    N, R = table.shape
+    d = jnp.abs(distance)
+    if d.shape[1] > 1:  # every head at distances of its own
+        index = jnp.arange(N)[:, None, None] * R + jnp.minimum(d, R - 1)
+        return jnp.where(d < R, sharding.take_rows(table.reshape(-1), index, mode="clip"), 0)
+    d = d[:, 0]
     rows = sharding.take_rows(table.T, jnp.minimum(d, R - 1), mode="clip")
     return jnp.moveaxis(jnp.where((d < R)[..., None], rows, 0), -1, 1)

@@ -15,6 +15,9 @@ from jaxtyping import Float, Int
 
 from sinkjax.cache import PositionMode, SinkWindow
 from sinkjax.ops.losses import token_nll
+from sinkjax.stream.prompt import learned_sink_ids
+from sinkjax.stream.score import score
+from sinkjax.stream.session import Session
 
 Policy = Literal["recompute", "window", "sink_window"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -72,9 +75,10 @@ def evaluate(
     tokens: ArrayLike | Sequence[int],
     *,
     policies: Sequence[Policy] = POLICIES,
-    num_sink_tokens: int = 4,
+    num_sink_tokens: int | Literal["auto"] = 4,
     window: int = 1020,
     position_mode: PositionMode = "cache_relative",
+    max_sink_tokens: int = 4,
     lead: Sequence[int] | None = None,
     chunk_size: int = 256,
     every: int = 1,
@@ -95,7 +99,7 @@ def evaluate(
         model: a decoder such as `sinkjax.models.Decoder`.
         tokens: [T] ids, more than one.
         policies: which, in this order.
-        num_sink_tokens, window, position_mode: of the cache, see `sinkjax.cache.SinkWindow`.
+        num_sink_tokens, window, position_mode, max_sink_tokens: see `sinkjax.cache.SinkWindow`.
         lead: ids put before the text and, for recomputation, at the front of every row in place of
             its oldest tokens (a model trained with BOS needs it there); None: the model's learned
             sink tokens.
@@ -120,10 +124,11 @@ def evaluate(
             raise ValueError(f"{name}: expected at least 1, got {value}")
     text = np.asarray(tokens)
     if lead is None:
-        lead = tuple(getattr(getattr(model, "config", None), "learned_sink_ids", ()))
+        lead = learned_sink_ids(model)
     if text.ndim != 1 or text.size + len(lead) < 2:
         raise ValueError(f"tokens: expected [T] with at least two ids, got shape {text.shape}")
-    slots = SinkWindow(num_sink_tokens, window, position_mode).capacity
+    sink_window = SinkWindow(num_sink_tokens, window, position_mode, max_sink_tokens)
+    slots = sink_window.capacity
     if len(lead) >= slots:
         raise ValueError(f"lead: expected fewer than C={slots} ids, got {len(lead)}")
     prefix = np.asarray(lead, np.int32)
@@ -134,8 +139,8 @@ def evaluate(
         if policy == "recompute":
             positions, nll = _recompute(model, text, prefix, slots, every, batch_size, report)
         else:
-            sinks = num_sink_tokens if policy == "sink_window" else 0
-            description = SinkWindow(sinks, slots - sinks, position_mode)
+            bare = SinkWindow(0, slots, position_mode)
+            description = sink_window if policy == "sink_window" else bare
             positions, nll, size = _cached(model, text, prefix, description, chunk_size, report)
         seconds = time.perf_counter() - begin
         results[policy] = Evaluation(policy, positions, nll, size, seconds)
@@ -143,28 +148,17 @@ def evaluate(
 
 
 def _cached(model, text, prefix, description, chunk_size, report):
-    """One pass over the text; inputs are prefix + text, shifted by one against the targets."""
-    graph, parameters = nnx.split(model)
-    run = _teacher_forced(graph)
-    cache = model.init_cache(description, 1)
-    size, lead = cache.nbytes, len(prefix)
-    first = max(lead - 1, 0)  # stream index of the input that predicts the first scored token
+    """One pass over the text, behind its lead."""
+    session = Session.start(model, description)
+    size, lead = session.cache.nbytes, len(prefix)
     total = lead + text.size - 1
-    cache.require_room(total, at=0)
-    nll = np.empty(total - first, np.float32)
-    for start in range(0, total, chunk_size):
-        count = min(chunk_size, total - start)
-        window = _slice(prefix, text, start, start + count + 1)
-        inputs, targets = np.zeros((2, 1, chunk_size), np.int32)
-        inputs[0, :count], targets[0, :count] = window[:-1], window[1:]
-        losses, cache = run(parameters, cache, inputs, targets, np.int32(count))
-        scored = max(first - start, 0)
-        if scored < count:
-            at = start + scored - first
-            nll[at : at + count - scored] = np.asarray(losses)[0, scored:count]
+    session.cache.require_room(total, at=0)
+    nll = []
+    for part in score(model, [text], cache=session, lead=prefix.tolist(), chunk_size=chunk_size):
+        nll.append(part.nll)
         if report is not None:
-            report(start + count, total)
-    return np.arange(first + 1 - lead, text.size), nll, size
+            report(part.statistics.position, total)
+    return np.arange(0 if lead else 1, text.size), np.concatenate(nll), size
 
 
 def _recompute(model, text, prefix, slots, every, batch_size, report):
@@ -188,24 +182,6 @@ def _recompute(model, text, prefix, slots, every, batch_size, report):
         if report is not None:
             report(start + part.size, positions.size)
     return positions, nll
-
-
-def _slice(prefix, text, start, stop):
-    """`concatenate([prefix, text])[start:stop]` without copying a long text."""
-    lead = len(prefix)
-    return np.concatenate([prefix[start:stop], text[max(start - lead, 0) : max(stop - lead, 0)]])
-
-
-@functools.lru_cache(maxsize=16)
-def _teacher_forced(graph: nnx.GraphDef) -> Callable:
-    @functools.partial(jax.jit, donate_argnames=("cache",))
-    def run(parameters, cache, inputs, targets, count):
-        length = inputs.shape[1]
-        positions = jnp.where(jnp.arange(length) < count, cache.next_positions(length), -1)
-        output = nnx.merge(graph, parameters)(inputs, positions=positions, cache=cache)
-        return token_nll(output.logits, targets), output.cache
-
-    return run
 
 
 @functools.lru_cache(maxsize=16)

@@ -4,48 +4,63 @@ import dataclasses
 import json
 import os
 import zipfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from sinkjax.cache import Cache, Full, LayerSpec, SinkWindow, create
+from sinkjax.cache import Cache, Description, LayerSpec, create
 from sinkjax.files import open_whole
+from sinkjax.stream.described import from_plain, plain
+from sinkjax.stream.state import Stream
+from sinkjax.stream.trim import trim
 
-FORMAT = 1
-_DESCRIPTIONS = {"SinkWindow": SinkWindow, "Full": Full}
+FORMAT = 2
 
 
 @dataclasses.dataclass
-class Session:
+class Session(Stream):
     """Everything a stream of one row remembers, of constant size.
-
-    Token n is drawn with the key `fold_in(key(seed), n)`: the seed is all the randomness there is.
 
     Args:
         cache: of one row.
-        seed: of the sampler.
-        position: tokens that the cache has taken.
-        pending: the token that was drawn last and has not been given to the model, or None.
-        tail: the last tokens that were drawn, for the text decoder: a stop may cut a character.
+        seed, position, pending, tail, dropped: see `Stream`.
     """
 
     cache: Cache
-    seed: int = 0
-    position: int = 0
-    pending: int | None = None
-    tail: tuple[int, ...] = ()
 
     @classmethod
-    def start(cls, model: Any, description: SinkWindow | Full, *, seed: int = 0) -> "Session":
+    def start(cls, model: Any, description: Description, *, seed: int = 0) -> "Session":
         """A new stream through `model` that keeps what `description` says."""
         return cls(model.init_cache(description, 1), seed=seed)
 
     def fork(self) -> "Session":
         """An independent copy: both continue from here."""
         return dataclasses.replace(self, cache=jax.tree.map(jnp.copy, self.cache))
+
+    def trim(self, count: int) -> None:
+        """Undo the last `count` tokens of the stream, the pending one first.
+
+        What follows is drawn as if they had never been there. Possible as long as all that the
+        coming token may look at is still in the cache, see `sinkjax.stream.trim`.
+
+        Raises:
+            ValueError: something would be missing, or there are not as many tokens; nothing changes.
+        """
+        drawn = 0 if self.pending is None else 1
+        if not 0 <= count <= self.position + drawn:
+            raise ValueError(
+                f"count: expected 0 to the {self.position + drawn} tokens of the stream, "
+                f"got {count}"
+            )
+        read = max(count - drawn, 0)
+        self.cache = trim(self.cache, read)
+        self.position -= read
+        if count > 0:
+            self.pending = None
+            self.tail = self.tail[:-count]
 
     def check(self, model: Any) -> None:
         """Refuse a model that this session's cache was not made for.
@@ -82,17 +97,15 @@ class Session:
         cache = self.cache
         head = {
             "format": FORMAT,
-            "description": [
-                type(cache.description).__name__,
-                dataclasses.asdict(cache.description),
-            ],
+            "description": plain(cache.description),
             "specs": [dataclasses.asdict(spec) for spec in cache.specs],
             "context_length": cache.context_length,
-            "dtype": str(cache.layers[0].key.dtype),
+            "dtype": cache.dtype,
             "seed": self.seed,
             "position": self.position,
             "pending": self.pending,
             "tail": list(self.tail),
+            "dropped": self.dropped,
         }
         arrays: dict[str, Any] = {
             f"leaf{index}": _raw(np.asarray(leaf))
@@ -103,12 +116,17 @@ class Session:
             np.savez(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Session":
+    def load(cls, path: str | os.PathLike[str], *, descriptions: Sequence[type] = ()) -> "Session":
         """The session in a file written by `save`.
+
+        Args:
+            path: of the file.
+            descriptions: classes of the cache's description that are not sinkjax's own.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is not a session, or one of another format.
+            ValueError: it is not a session, one of another format, or of a description that is
+                not known.
         """
         try:
             with open(path, "rb") as handle:  # numpy leaks the handle of a file cut short
@@ -123,16 +141,10 @@ class Session:
             raise ValueError(
                 f"path: {path} has session format {head.get('format')}, expected {FORMAT}"
             )
-        kind, fields = head["description"]
-        dtype = jnp.dtype(head["dtype"])
-        template = jax.eval_shape(
-            lambda: create(
-                _DESCRIPTIONS[kind](**fields),
-                [LayerSpec(**spec) for spec in head["specs"]],
-                1,
-                dtype=dtype,
-            )
-        )
+        description = from_plain(head["description"], descriptions)
+        specs = [LayerSpec(**spec) for spec in head["specs"]]
+        # The model's length comes after: what `create` says of it was said at the start.
+        template = jax.eval_shape(lambda: create(description, specs, 1, dtype=head["dtype"]))
         template = dataclasses.replace(template, context_length=head["context_length"])
         leaves, structure = jax.tree.flatten(template)
         restored = []
@@ -147,9 +159,10 @@ class Session:
             position=head["position"],
             pending=head["pending"],
             tail=tuple(head["tail"]),
+            dropped=head["dropped"],
         )
 
 
 def _raw(array: np.ndarray) -> np.ndarray:
-    """bfloat16 as its bits: npz files know numpy's own types only."""
-    return array.view(np.uint16) if array.dtype == ml_dtypes.bfloat16 else array
+    """What is not numpy's own (bfloat16, int4) as its bits: npz files know no other types."""
+    return array if array.dtype.isbuiltin == 1 else array.view(f"u{array.dtype.itemsize}")

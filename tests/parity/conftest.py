@@ -84,7 +84,7 @@ class Golden:
             )
 
     def _write(self, case: str, inputs: Arrays, results: Arrays) -> None:
-        peers = ("torch", "transformers", "entmax", "numpy")
+        peers = ("torch", "transformers", "entmax", "kvpress", "numpy")
         # Without "+cpu": which build it was changes nothing, and would change the file.
         versions = {name: importlib.metadata.version(name).partition("+")[0] for name in peers}
         self.folder.mkdir(parents=True, exist_ok=True)

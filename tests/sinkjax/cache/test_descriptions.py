@@ -5,7 +5,6 @@ import jaxtyping
 import pytest
 
 from sinkjax.cache import Full, LayerSpec, SinkWindow
-from sinkjax.cache.descriptions import plan
 
 
 @pytest.fixture
@@ -44,21 +43,21 @@ def test_capacity():
 
 def test_a_layer_keeps_its_own_mask_where_it_fits():
     cache = SinkWindow(4, 20)
-    assert plan(cache, LayerSpec(2, 8)).capacity == 24
-    own = plan(cache, LayerSpec(2, 8, window=20, num_sink_tokens=1))
+    assert cache.store(LayerSpec(2, 8)).capacity == 24
+    own = cache.store(LayerSpec(2, 8, window=20, num_sink_tokens=1))
     assert (own.sink_slots, own.ring_slots, own.window, own.num_sink_tokens) == (1, 20, 20, 1)
-    cut = plan(cache, LayerSpec(2, 8, window=21, num_sink_tokens=1))
+    cut = cache.store(LayerSpec(2, 8, window=21, num_sink_tokens=1))
     assert (cut.sink_slots, cut.ring_slots, cut.window, cut.num_sink_tokens) == (4, 20, 20, 4)
 
 
 def test_sinks_are_held_at_the_distance_of_the_description():
-    assert plan(SinkWindow(4, 20), LayerSpec(2, 8, window=3)).position_cap == 23
-    assert plan(SinkWindow(4, 20, "absolute"), LayerSpec(2, 8)).position_cap is None
+    assert SinkWindow(4, 20).store(LayerSpec(2, 8, window=3)).position_cap == 23
+    assert SinkWindow(4, 20, "absolute").store(LayerSpec(2, 8)).position_cap is None
     # more trained sink tokens than the description has: all of them before the query
-    assert plan(SinkWindow(0, 8), LayerSpec(2, 8, window=8, num_sink_tokens=5)).position_cap == 12
+    assert SinkWindow(0, 8).store(LayerSpec(2, 8, window=8, num_sink_tokens=5)).position_cap == 12
 
 
 def test_a_full_cache_never_needs_more_than_its_length():
-    assert plan(Full(9), LayerSpec(2, 8, window=5, num_sink_tokens=2)).capacity == 7
-    assert plan(Full(9), LayerSpec(2, 8, window=8, num_sink_tokens=2)).capacity == 9
-    assert plan(Full(9), LayerSpec(2, 8, window=50)).window is None
+    assert Full(9).store(LayerSpec(2, 8, window=5, num_sink_tokens=2)).capacity == 7
+    assert Full(9).store(LayerSpec(2, 8, window=8, num_sink_tokens=2)).capacity == 9
+    assert Full(9).store(LayerSpec(2, 8, window=50)).window is None

@@ -1,15 +1,15 @@
 import jax.numpy as jnp
 import numpy as np
 
-from sinkjax.cache import LayerSpec, SinkWindow, ring
-from sinkjax.cache.descriptions import plan
+from sinkjax.cache import ring
+from sinkjax.cache.store import Layout
 
-PLAN = plan(SinkWindow(3, 5), LayerSpec(1, 2))
+LAYOUT = Layout(3, 5, None)
 
 
 def test_slots_of_a_long_chunk_are_unique():
     positions = jnp.asarray([[*range(14)]])
-    slots = np.asarray(ring.slots(PLAN, positions))[0]
+    slots = np.asarray(ring.slots(LAYOUT, positions))[0]
     kept = slots < 8
     # the sinks, and the last five
     np.testing.assert_array_equal(np.flatnonzero(kept), [0, 1, 2, 9, 10, 11, 12, 13])
@@ -19,7 +19,7 @@ def test_slots_of_a_long_chunk_are_unique():
 
 def test_padding_and_refused_tokens_are_not_written():
     positions = jnp.asarray([[-1, 4, -1, 5], [-2, ring.LIMIT, 7, -1]])
-    slots = np.asarray(ring.slots(PLAN, positions))
+    slots = np.asarray(ring.slots(LAYOUT, positions))
     np.testing.assert_array_equal(
         slots < 8, [[False, True, False, True], [False, False, True, False]]
     )

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sinkjax.cache import SinkWindow
+from sinkjax.cli.entry import parse
 from sinkjax.cli.options import CacheOptions, open_run
 
 
@@ -11,6 +12,9 @@ def test_the_window_is_what_the_context_leaves():
     assert CacheOptions().description(19) == SinkWindow(4, 15, "cache_relative")
     given = CacheOptions(num_sink_tokens=2, window=7, position_mode="absolute")
     assert given.description(19) == SinkWindow(2, 7, "absolute")
+    words = ["--sink-tokens", "auto", "--max-sink-tokens", "3"]
+    found = parse(CacheOptions, words, "sinkjax").description(19)
+    assert found == SinkWindow("auto", 16, "cache_relative", 3)
     with pytest.raises(ValueError, match="num-sink-tokens: .*context length 19, got 19"):
         CacheOptions(num_sink_tokens=19).description(19)
     with pytest.raises(ValueError, match="window: expected .* at least 1, got 0"):

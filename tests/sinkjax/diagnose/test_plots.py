@@ -53,6 +53,31 @@ def test_the_grid_of_a_large_model_is_a_sample_of_it():
     assert titles[0] == "layer 0, head 0" and titles[-1] == "layer 11, head 8"
 
 
+def test_caches_are_bars_that_start_before_the_best():
+    rows = [
+        {
+            "group": group,
+            "label": f"{group} {i}",
+            "nll_beyond": 2.0 + 0.1 * i,
+            "cache_bytes": 4321 * i,
+        }
+        for group in ("sinks", "bits")
+        for i in range(1, 4)
+    ]
+    figure = saved(plots.of_caches(rows))
+    panels = [axes for axes in figure.axes if axes.patches]
+    assert [p.get_title(loc="left") for p in panels] == [
+        "number of sink tokens",
+        "bits of keys and values",
+    ]
+    assert [bar.get_width() for bar in panels[1].patches] == pytest.approx([2.1, 2.2, 2.3])
+    assert [t.get_text() for t in panels[0].get_yticklabels()] == ["sinks 1", "sinks 2", "sinks 3"]
+    assert panels[0].get_xlim() == panels[1].get_xlim() and panels[0].get_xlim()[0] < 2.1
+    assert "2.300  12,963" in {text.get_text() for text in panels[0].texts}
+    with pytest.raises(ValueError, match="expected groups sinks, policy, bits, got none"):
+        plots.of_caches([])
+
+
 def test_what_a_sink_is_states_the_share_on_bos():
     sink = np.zeros((T, T))
     sink[:, 0] = 1.0

@@ -1,5 +1,6 @@
 """A decoder that compiles in a second, and a counter of its traces."""
 
+import codecs
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,32 @@ class Counted(Decoder):
     def __call__(self, tokens, **options):
         Counted.traces.append(tokens.shape)
         return super().__call__(tokens, **options)
+
+
+class Bytes:
+    """256 bytes and BOS, as the tokenizer of training."""
+
+    bos_id = 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def stream_decoder(self):
+        class Decoder:
+            inner = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+            def push(self, token):
+                return self.inner.decode(bytes([token])) if token < 256 else ""
+
+            def flush(self):
+                return self.inner.decode(b"", final=True)
+
+        return Decoder()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Bytes:
+    return Bytes()
 
 
 @pytest.fixture(scope="session")

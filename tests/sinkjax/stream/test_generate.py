@@ -1,4 +1,3 @@
-import codecs
 import dataclasses
 import itertools
 
@@ -13,27 +12,6 @@ from sinkjax.stream import Sampler, Session, generate
 
 CACHE = SinkWindow(3, 11)
 LEARNED = [261, 262]
-
-
-class Bytes:
-    """256 bytes and BOS, as the tokenizer of training."""
-
-    bos_id = 256
-
-    def encode(self, text):
-        return np.frombuffer(text.encode(), np.uint8)
-
-    def stream_decoder(self):
-        class Decoder:
-            inner = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-            def push(self, token):
-                return self.inner.decode(bytes([token])) if token < 256 else ""
-
-            def flush(self):
-                return self.inner.decode(b"", final=True)
-
-        return Decoder()
 
 
 def tokens_of(events):
@@ -60,10 +38,10 @@ def test_greedy_is_the_argmax_of_the_dense_model(model, dense):
         text.append(token)
 
 
-def test_events(model, dense):
+def test_events(model, dense, tokenizer):
     session = Session.start(model, CACHE, seed=4)
     events = list(
-        generate(model, "Zoë", cache=session, tokenizer=Bytes(), max_new_tokens=20, chunk_size=9)
+        generate(model, "Zoë", cache=session, tokenizer=tokenizer, max_new_tokens=20, chunk_size=9)
     )
     start = len(LEARNED) + 1 + 4  # learned sink tokens, BOS, four bytes
     statistics = [event.statistics for event in events]
@@ -82,7 +60,7 @@ def test_events(model, dense):
     np.testing.assert_allclose(events[0].logprob, want, atol=2e-5)
 
 
-def test_what_leads_the_prompt(model):
+def test_what_leads_the_prompt(model, tokenizer):
     """BOS and learned sink tokens come first, once, and only on an empty cache."""
 
     def fed(prompt, tokenizer, **options):
@@ -91,15 +69,15 @@ def test_what_leads_the_prompt(model):
         return session.position
 
     assert fed([1, 2], None) == 2 + 2
-    assert fed([1, 2], Bytes()) == 3 + 2
-    assert fed([256, 1, 2], Bytes()) == 3 + 2
-    assert fed([1, 2], Bytes(), bos=False) == 2 + 2
-    assert fed([*LEARNED, 256, 1, 2], Bytes()) == 3 + 2
+    assert fed([1, 2], tokenizer) == 3 + 2
+    assert fed([256, 1, 2], tokenizer) == 3 + 2
+    assert fed([1, 2], tokenizer, bos=False) == 2 + 2
+    assert fed([*LEARNED, 256, 1, 2], tokenizer) == 3 + 2
     assert fed([*LEARNED, 1, 2], None) == 2 + 2
-    assert fed("", Bytes()) == 3
+    assert fed("", tokenizer) == 3
     session = Session.start(model, CACHE)
-    list(generate(model, "ab", cache=session, tokenizer=Bytes(), max_new_tokens=3, chunk_size=9))
-    list(generate(model, "cd", cache=session, tokenizer=Bytes(), max_new_tokens=1, chunk_size=9))
+    list(generate(model, "ab", cache=session, tokenizer=tokenizer, max_new_tokens=3, chunk_size=9))
+    list(generate(model, "cd", cache=session, tokenizer=tokenizer, max_new_tokens=1, chunk_size=9))
     assert session.position == 3 + 2 + 3 + 2
 
 
@@ -138,6 +116,45 @@ def test_stop_tokens(model):
     # and the stream goes on from there as if it had not stopped
     rest = tokens_of(generate(model, [], cache=session, max_new_tokens=40 - len(got), chunk_size=9))
     assert got + rest == free
+
+
+def test_why_it_ended(model):
+    free = list(generate(model, [9], cache=CACHE, max_new_tokens=10, chunk_size=9))
+    assert [e.finish_reason for e in free] == [None] * 9 + ["length"]
+    stop = free[4].token
+    ended = list(generate(model, [9], cache=CACHE, stop_tokens=[stop], chunk_size=9))
+    assert ended[-1].finish_reason == "stop" and {e.finish_reason for e in ended[:-1]} == {None}
+
+
+def test_stop_strings(model, tokenizer):
+    """The text ends before the string, wherever it is cut; the tokens are those of the free run."""
+    options = {"tokenizer": tokenizer, "chunk_size": 9}
+    free = list(generate(model, "a", cache=CACHE, max_new_tokens=60, **options))
+    text = "".join(event.text for event in free)
+    stop = text[11:14]
+    got = list(generate(model, "a", cache=CACHE, stop_strings=["no such text", stop], **options))
+    assert "".join(event.text for event in got) == text[: text.index(stop)]
+    assert got[-1].finish_reason == "stop"
+    assert tokens_of(got) == tokens_of(free)[: len(got)]
+    # What was held back as a possible beginning comes with the last event.
+    held = text[:12] + "\0"
+    cut = generate(model, "a", cache=CACHE, max_new_tokens=60, stop_strings=[held], **options)
+    assert "".join(event.text for event in cut) == text
+    with pytest.raises(ValueError, match="stop_strings: texts need tokenizer="):
+        generate(model, [1], cache=CACHE, stop_strings=["x"])
+
+
+def test_a_prompt_that_cuts_a_character_is_completed_by_the_text(model, tokenizer):
+    """The text decoder has read the prompt; the answer before it is no part of the next one."""
+    cut = "→".encode()
+    session = Session.start(model, CACHE)
+    stream = generate(model, list(cut[:2]), cache=session, tokenizer=tokenizer, chunk_size=9)
+    next(stream)
+    assert session.tail == (*LEARNED, 256, *cut[:2], session.pending)
+    session.tail = (*session.tail[:-1], cut[0])  # as if it had begun a character
+    event = next(generate(model, "b", cache=session, tokenizer=tokenizer, chunk_size=9))
+    want = bytes([event.token]).decode(errors="replace") if event.token < 128 else ""
+    assert event.text == want
 
 
 def test_it_is_lazy_and_endless(model):

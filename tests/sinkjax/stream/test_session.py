@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sinkjax.cache import Full, SinkWindow
+from sinkjax.cache import Full, PerHead, PerLayer, Scored, SinkWindow
+from sinkjax.cache.budgets import Pyramid
+from sinkjax.cache.policies import TOVA, Knorm, StreamingLLM
+from sinkjax.cache.quantised import Quantised
 from sinkjax.models import Decoder
 from sinkjax.stream import Sampler, Session, generate
 
@@ -57,6 +61,56 @@ def test_bfloat16(model, tmp_path):
     again = Session.load(tmp_path / "a")
     assert again.cache.layers[0].key.dtype == jnp.bfloat16
     np.testing.assert_array_equal(again.cache.layers[0].key, cache.layers[0].key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Knorm):
+    """A policy of a user's."""
+
+    weight: float = 1.0
+
+
+def scored(policy, **options):
+    return Scored(policy, **{"budget": 14, "num_sink_tokens": 3, "window": 5} | options)
+
+
+@pytest.mark.parametrize(
+    "description",
+    [
+        PerLayer((Full(20),)),
+        PerLayer((scored(TOVA()),)),
+        scored(StreamingLLM(), budget=Pyramid(14, window=5)),
+        PerHead((((0,), PerLayer((SinkWindow(2, 5, "absolute"),))),)),
+        Quantised(SinkWindow(3, 40), bits=4, group_size=4, residual=8),
+    ],
+    ids=lambda description: type(description).__name__,
+)
+def test_every_description_comes_back(model, tmp_path, description):
+    """Nested as they are, with the arrays of their states."""
+    session = Session.start(model, description, seed=3)
+    session.cache = jax.tree.map(lambda x: (x + 1).astype(x.dtype), session.cache)
+    session.tail, session.dropped = (5, 6), 7
+    session.save(tmp_path / "a")
+    again = Session.load(tmp_path / "a")
+    assert again.cache.description == description and hash(again.cache.description)
+    assert jax.tree.structure(again.cache) == jax.tree.structure(session.cache)
+    for a, b in zip(jax.tree.leaves(again.cache), jax.tree.leaves(session.cache), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    again.check(model)
+    assert (again.seed, again.tail, again.dropped) == (3, (5, 6), 7)
+
+
+def test_a_description_of_ones_own(model, tmp_path):
+    session = Session.start(model, PerLayer((scored(Mine(weight=0.5)),)))
+    session.save(tmp_path / "a")
+    with pytest.raises(ValueError, match="the cache was made with a Mine, which is none of sink"):
+        Session.load(tmp_path / "a")
+    again = Session.load(tmp_path / "a", descriptions=[Mine])
+    assert again.cache.description == session.cache.description
+    odd = dataclasses.replace(session.cache, description=scored(Mine(weight=np.float32)))
+    with pytest.raises(ValueError, match="description: expected dataclasses, tuples, numbers"):
+        Session(odd).save(tmp_path / "b")
 
 
 def test_the_size_is_constant(model, tmp_path):
