@@ -275,3 +275,22 @@ def test_nothing_to_begin_with():
     )
     with pytest.raises(ValueError, match="prompt: expected at least one token"):
         generate(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), [], cache=CACHE)
+
+
+@pytest.mark.parametrize("positions", [{"alibi": "standard"}, {}], ids=["ALiBi", "no positions"])
+def test_models_without_rotation_stream(model, dense, positions):
+    """Far past the cache, in chunks: the model under its own mask of sinks and a window."""
+    config = dataclasses.replace(
+        model.config, rope_theta=None, windows=(11,), num_sink_tokens=3, **positions
+    )
+    other = type(model)(config, rngs=nnx.Rngs(3))
+    text = [*LEARNED, *range(40, 61)]
+    greedy = Sampler(temperature=0)
+    cache = SinkWindow(3, 11, "absolute")
+    events = generate(other, text, cache=cache, sampler=greedy, max_new_tokens=9, chunk_size=9)
+    for event in events:
+        logits = dense(other, text)[-1]
+        logits[LEARNED] = -np.inf
+        assert np.argmax(logits) == event.token
+        text.append(event.token)
+    assert event.statistics.evicted == len(text) - 1 - 14
