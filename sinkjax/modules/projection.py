@@ -64,6 +64,15 @@ def contract(
         preferred_element_type: accumulate in and return this type.
     """
     layout = jax.typeof(x).sharding
+    if equation == "BTNH,NHD->BTD" and layout.mesh.empty:
+        # As one summed dimension: XLA on CPU transposes the kernel in every call otherwise.
+        B, T, N, H = x.shape
+        return contract(
+            "BTM,MD->BTD",
+            x.reshape(B, T, N * H),
+            kernel.reshape(N * H, -1),
+            preferred_element_type=preferred_element_type,
+        )
     out = None
     if AxisType.Explicit in layout.mesh.axis_types:
         operands, result = equation.split("->")
