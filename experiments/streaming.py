@@ -16,7 +16,7 @@ Claims, on two CPU cores, 4 layers, width 256, 8 heads of 32 on 4 key/value head
 
 Only the numbers in 1 and 2 can fail; 3 and 4 are shown as they come out.
 
-Commands (about 15 minutes on two idle CPU cores; the second about three):
+Commands (about five minutes on two idle CPU cores; the second about three):
 
     python experiments/streaming.py --json runs/streaming/summary.json
     python experiments/streaming.py --quick
