@@ -10,14 +10,13 @@ from jax.typing import DTypeLike
 
 from sinkjax.cache import ring
 from sinkjax.cache.descriptions import Full, trained_window
-from sinkjax.cache.ring_store import LayerState, Ring
+from sinkjax.cache.ring_store import LayerState, Ring, WholeText
 from sinkjax.cache.store import (
     Attended,
     Chunk,
     Finish,
     LayerSpec,
     LayerView,
-    Layout,
     Pool,
     Store,
     at_least,
@@ -93,37 +92,20 @@ class PagedState:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pages:
+class Pages(WholeText):
     """The store of `PagedTopK`."""
 
-    length: int
     page_size: int
     num_pages: int
     num_recent_pages: int
 
     @property
-    def _ring(self) -> Ring:
+    def ring(self) -> Ring:
         slots = -(-self.length // self.page_size) * self.page_size
         return Ring(0, slots, None, 0, None, self.length)
 
-    @property
-    def capacity(self) -> int:
-        return self.length
-
-    @property
-    def limit(self) -> int | None:
-        return self.length
-
-    @property
-    def position_cap(self) -> int | None:
-        return None
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        return self._ring.layouts
-
     def empty(self, spec: LayerSpec, batch_size: int, dtype: DTypeLike) -> PagedState:
-        kept = self._ring.empty(spec, batch_size, dtype)
+        kept = self.ring.empty(spec, batch_size, dtype)
         B, K, C, H = kept.key.shape
         shape = (B, K, C // self.page_size, H)
         return PagedState(kept, jnp.full(shape, jnp.inf, dtype), jnp.full(shape, -jnp.inf, dtype))
@@ -135,7 +117,7 @@ class Pages:
         page = jnp.where(chunk.positions >= 0, page, state.low.shape[2])
         low = state.low.at[rows, :, page].min(chunk.key, mode="drop")
         high = state.high.at[rows, :, page].max(chunk.key, mode="drop")
-        pool, keep = self._ring.extend(dataclasses.replace(view, state=state.kept), chunk)
+        pool, keep = self.ring.extend(dataclasses.replace(view, state=state.kept), chunk)
 
         def finish(attended: Attended) -> PagedState:
             return PagedState(keep(attended), low, high)

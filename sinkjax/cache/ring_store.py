@@ -173,3 +173,31 @@ class Ring:
         after = jnp.minimum(first, ring.LIMIT - W) + W
         shown = positions.at[:, : self.sink_slots].set(jnp.where(is_late, after, first))
         return shown, jnp.where(is_late, jnp.arange(self.sink_slots), first)
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeText:
+    """What stores have in common that hold every token of a text and look at a part of it."""
+
+    length: int
+
+    @property
+    def ring(self) -> Ring:
+        """Where the tokens are: slot p holds position p."""
+        return Ring(0, self.length, None, 0, None, self.length)
+
+    @property
+    def capacity(self) -> int:
+        return self.length
+
+    @property
+    def limit(self) -> int | None:
+        return self.length
+
+    @property
+    def position_cap(self) -> int | None:
+        return None
+
+    @property
+    def layouts(self) -> tuple[Layout, ...]:
+        return self.ring.layouts

@@ -10,14 +10,13 @@ from jax.typing import DTypeLike
 
 from sinkjax.cache import ring
 from sinkjax.cache.descriptions import Full, trained_window
-from sinkjax.cache.ring_store import LayerState, Ring
+from sinkjax.cache.ring_store import LayerState, WholeText
 from sinkjax.cache.store import (
     Attended,
     Chunk,
     Finish,
     LayerSpec,
     LayerView,
-    Layout,
     Pool,
     Store,
     at_least,
@@ -76,41 +75,20 @@ class SparseState:
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseChunks:
+class SparseChunks(WholeText):
     """The store of `SparsePrefill`."""
 
-    length: int
     pattern: Pattern
 
-    @property
-    def _ring(self) -> Ring:
-        return Ring(0, self.length, None, 0, None, self.length)
-
-    @property
-    def capacity(self) -> int:
-        return self.length
-
-    @property
-    def limit(self) -> int | None:
-        return self.length
-
-    @property
-    def position_cap(self) -> int | None:
-        return None
-
-    @property
-    def layouts(self) -> tuple[Layout, ...]:
-        return self._ring.layouts
-
     def empty(self, spec: LayerSpec, batch_size: int, dtype: DTypeLike) -> SparseState:
-        kept = self._ring.empty(spec, batch_size, dtype)
+        kept = self.ring.empty(spec, batch_size, dtype)
         return SparseState(kept, jnp.zeros((batch_size,), jnp.int32))
 
     def extend(self, view: LayerView, chunk: Chunk) -> tuple[Pool, Finish]:
         state: SparseState = view.state
         if chunk.positions.shape[1] == 1:
             dense = dataclasses.replace(view, state=state.kept)
-            pool, keep = self._ring.extend(dense, chunk)
+            pool, keep = self.ring.extend(dense, chunk)
             return pool, lambda attended: dataclasses.replace(state, kept=keep(attended))
 
         # Nothing is overwritten, so the chunk may be written first: slot p then holds position p.
