@@ -7,6 +7,9 @@
     train     data, optimisers, the loop, checkpoints
     stream    generation without end on a constant cache
     diagnose  what the sinks of a model are, in numbers and pictures
+    adapt     after training: which heads need all of a text
+    plan      steps compiled for pods that are not there
+    chips     what accelerators can do
     sharding  meshes and layouts
     typing    the letters of the shapes
 
@@ -25,17 +28,22 @@ from sinkjax import sharding as sharding
 from sinkjax.ops.attention import dot_product_attention as dot_product_attention
 
 if TYPE_CHECKING:
+    from sinkjax import adapt as adapt
     from sinkjax import cache as cache
+    from sinkjax import chips as chips
     from sinkjax import diagnose as diagnose
     from sinkjax import models as models
     from sinkjax import modules as modules
+    from sinkjax import plan as plan
     from sinkjax import stream as stream
     from sinkjax import train as train
     from sinkjax import typing as typing
 
 __version__ = "0.1.0"
 
-_ROOMS = ("cache", "diagnose", "models", "modules", "stream", "train", "typing")
+_ROOMS = (
+    "adapt", "cache", "chips", "diagnose", "models", "modules", "plan", "stream", "train", "typing",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> ModuleType:

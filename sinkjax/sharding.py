@@ -7,44 +7,67 @@ no mesh at all.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
-AXES = ("data", "model", "expert", "sequence")
-"""Every mesh axis sinkjax speaks of; a mesh may have any of them."""
+AXES = ("data", "expert", "sequence", "model")
+"""Every mesh axis sinkjax speaks of, in the order in which a mesh has them: the innermost talk most."""
+
+ROWS = ("data", "expert")
+"""Axes along which the rows of a batch are cut: what is no expert sees `expert` as more of `data`."""
+
+FSDP = ("data", "expert", "sequence")
+"""Axes along which a weight is cut to be gathered layer by layer: all that cut the tokens of a batch."""
 
 Rules: TypeAlias = tuple[tuple[str, PartitionSpec], ...]
 """`(regular expression, layout)` pairs for `shardings`, in order of preference."""
 
 # Weights are cut twice: over `model` as in tensor parallelism (heads, feed-forward channels,
-# vocabulary), and over `data` along the model width, to be gathered layer by layer.
+# vocabulary), and over `FSDP` along the model width.
 DECODER_RULES: Rules = (
-    (r"embedding/embedding$", PartitionSpec("model", "data")),
+    (r"embedding/embedding$", PartitionSpec("model", FSDP)),
     # A vocabulary such as 257 divides by nothing.
-    (r"embedding/embedding$", PartitionSpec(None, ("data", "model"))),
-    (r"attention/query/kernel$", PartitionSpec("data", "model", None)),
-    (r"attention/(key|value)/kernel$", PartitionSpec("data", "model", None)),
-    # Fewer key heads than model shards: every shard keeps them all.
-    (r"attention/(key|value)/kernel$", PartitionSpec("data", None, None)),
-    (r"attention/out/kernel$", PartitionSpec("model", None, "data")),
+    (r"embedding/embedding$", PartitionSpec(None, (*FSDP, "model"))),
+    # A width such as 2,880 does not divide by 4 x 32: `expert` cuts what a width has beside it.
+    (r"embedding/embedding$", PartitionSpec(("expert", "model"), ("data", "sequence"))),
+    (r"attention/query/kernel$", PartitionSpec(FSDP, "model", None)),
+    (r"attention/(key|value)/kernel$", PartitionSpec(FSDP, "model", None)),
+    # Fewer key heads than model shards: every shard works with them all.
+    (r"attention/(key|value)/kernel$", PartitionSpec((*FSDP, "model"), None, None)),
+    (r"attention/(key|value)/kernel$", PartitionSpec(FSDP, None, None)),
+    (
+        r"attention/(query|key|value)/kernel$",
+        PartitionSpec(("data", "sequence"), "model", "expert"),
+    ),
+    (r"attention/out/kernel$", PartitionSpec("model", None, FSDP)),
+    (r"attention/out/kernel$", PartitionSpec("model", "expert", ("data", "sequence"))),
     (r"attention/sinks$", PartitionSpec("model")),
     (r"attention/sinks$", PartitionSpec("model", None)),  # several per head
-    (r"attention/gate/kernel$", PartitionSpec("data", "model")),
-    (r"attention/gate/kernel$", PartitionSpec("data", "model", None)),
+    (r"attention/gate/kernel$", PartitionSpec(FSDP, "model")),
+    (r"attention/gate/kernel$", PartitionSpec(FSDP, "model", None)),
     # Gates on few key/value heads or on a head's own slice: small, and every shape divides.
     (r"attention/gate/kernel$", PartitionSpec(None, None)),
     (r"attention/gate/kernel$", PartitionSpec(None, None, None)),
-    (r"mlp/(gate|up)/kernel$", PartitionSpec("data", "model")),
-    (r"mlp/down/kernel$", PartitionSpec("model", "data")),
+    (r"mlp/(gate|up)/kernel$", PartitionSpec(FSDP, "model")),
+    (r"mlp/down/kernel$", PartitionSpec("model", FSDP)),
+    # An expert's kernels are gathered over what cuts the tokens, never over `expert`.
+    (r"mlp/experts/(gate|up)/kernel$", PartitionSpec("expert", ("data", "sequence"), "model")),
+    (r"mlp/experts/down/kernel$", PartitionSpec("expert", "model", ("data", "sequence"))),
+    (r"mlp/experts/(gate|up)/bias$", PartitionSpec("expert", "model")),
+    (r"mlp/experts/down/bias$", PartitionSpec("expert", None)),
+    (r"mlp/router/kernel$", PartitionSpec(FSDP, None)),
+    (r"mlp/router/kernel$", PartitionSpec(("data", "sequence"), None)),
+    (r"mlp/router/bias$", PartitionSpec(None)),
     (r"norm/scale$", PartitionSpec(None)),
     (r"norm/scale$", PartitionSpec()),  # one gain for all channels
-    (r"(embedding|head)_projection/kernel$", PartitionSpec("data", "model")),
-    (r"head/kernel$", PartitionSpec("data", "model")),
-    (r"head/kernel$", PartitionSpec(("data", "model"), None)),
+    (r"(embedding|head)_projection/kernel$", PartitionSpec(FSDP, "model")),
+    (r"head/kernel$", PartitionSpec(FSDP, "model")),
+    (r"head/kernel$", PartitionSpec((*FSDP, "model"), None)),
+    (r"head/kernel$", PartitionSpec(("data", "sequence"), ("expert", "model"))),
 )
 """Layout of the parameters of `sinkjax.models.Decoder`, scanned over layers or not."""
 
@@ -53,16 +76,21 @@ def make_mesh(
     data: int = 1,
     model: int = 1,
     *,
+    expert: int = 1,
+    sequence: int = 1,
     devices: Sequence[Any] | None = None,
     explicit: bool = False,
 ) -> Mesh:
-    """A mesh with the axes `data` (rows of the batch) and `model` (parts of a layer).
+    """A mesh with the axes `data` (rows of the batch) and `model` (parts of a layer), and others.
 
-    Why: with both axes always there, a program for one device is a program for a pod.
+    Why: with both axes always there, a program for one device is a program for a pod. `expert` and
+    `sequence` are there when they cut something.
 
     Args:
-      data: devices along `data`; -1 takes all that `model` leaves.
+      data: devices along `data`; -1 takes all that the other axes leave.
       model: devices along `model`.
+      expert: devices along which experts are cut; rows of the batch are cut along them too.
+      sequence: devices along which the tokens of a row are cut.
       devices: `jax.Device`s to build from; all by default. Surplus devices are left out.
       explicit: make the axes explicit (layouts are part of the types and nothing moves unasked)
         instead of automatic (the compiler decides).
@@ -78,31 +106,42 @@ def make_mesh(
       {'data': 1, 'model': 1}
     """
     pool = list(jax.devices() if devices is None else devices)
-    if model < 1:
-        raise ValueError(f"model: expected at least 1, got {model}")
+    sizes = {"data": data, "expert": expert, "sequence": sequence, "model": model}
+    for name, size in sizes.items():
+        if size < 1 and (name, size) != ("data", -1):
+            expected = "at least 1, or -1 for all remaining" if name == "data" else "at least 1"
+            raise ValueError(f"{name}: expected {expected}, got {size}")
     if data == -1:
-        data, rest = divmod(len(pool), model)
-        if rest:
-            raise ValueError(f"model: expected a divisor of {len(pool)} devices, got {model}")
-    if data < 1:
-        raise ValueError(f"data: expected at least 1, or -1 for all remaining, got {data}")
-    if data * model > len(pool):
+        others = expert * sequence * model
+        sizes["data"], rest = divmod(len(pool), others)
+        if rest or not sizes["data"]:
+            names = ", ".join(n for n in ("expert", "sequence", "model") if sizes[n] > 1)
+            raise ValueError(f"{names}: expected a divisor of {len(pool)} devices, got {others}")
+    sizes = {n: size for n, size in sizes.items() if size > 1 or n in ("data", "model")}
+    count = math.prod(sizes.values())
+    if count > len(pool):
         raise ValueError(
-            f"data, model: expected at most {len(pool)} devices in all, got {data} x {model}"
+            f"{', '.join(sizes)}: expected at most {len(pool)} devices in all, "
+            f"got {' x '.join(map(str, sizes.values()))}"
         )
     kind = AxisType.Explicit if explicit else AxisType.Auto
     return jax.make_mesh(
-        (data, model), ("data", "model"), axis_types=(kind, kind), devices=pool[: data * model]
+        tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes), devices=pool[:count]
     )
 
 
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The layout of one number or more per row: the first dimension over `ROWS`, the rest whole."""
+    return NamedSharding(mesh, _on_mesh(PartitionSpec(ROWS), mesh))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The layout of a batch: its first dimension over `data`, whole on every `model` shard."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The layout of a batch [B, T]: rows over `ROWS`, their tokens over `sequence`."""
+    return NamedSharding(mesh, _on_mesh(PartitionSpec(ROWS, "sequence"), mesh))
 
 
-def cache_shardings(cache: Any, mesh: Mesh) -> Any:
-    """The layout of every array of a KV cache: rows over `data`, key/value heads over `model`.
+def cache_shardings(cache: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The layout of every array of a KV cache: rows over `ROWS`, key/value heads over `model`.
 
     A leaf of three dimensions or more is `[B, K, ...]` and cut along both (`queries` are
     `[B, w, N, H]`); positions that all heads share and clocks are whole on every `model` shard. Rows
@@ -113,7 +152,7 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
 
     Args:
       cache: a `sinkjax.cache.Cache`, of arrays or `jax.ShapeDtypeStruct`.
-      mesh: where it goes, with or without the two axes.
+      mesh: where it goes, with or without the axes; inside a program the abstract one.
 
     Returns:
       The same tree with a `NamedSharding` for each leaf.
@@ -125,27 +164,21 @@ def cache_shardings(cache: Any, mesh: Mesh) -> Any:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(cache)
     named = [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in leaves]
-    sizes = mesh.shape
-
-    def cut(name: str, size: int) -> bool:
-        return name in sizes and size % sizes[name] == 0
-
     axes = [_head_axis(path, leaf.shape) for path, leaf in named]
     whole = {  # layers whose heads do not divide
         _layer(path)
         for (path, leaf), axis in zip(named, axes, strict=True)
-        if axis is not None and not cut("model", leaf.shape[axis])
+        if axis is not None and leaf.shape[axis] % mesh.shape.get("model", 1)
     }
     placed = []
     for (path, leaf), axis in zip(named, axes, strict=True):
-        spec: list[str | None] = [None] * leaf.ndim
-        if leaf.ndim and cut("data", leaf.shape[0]):
-            spec[0] = "data"
+        spec: list[Any] = [ROWS if dimension == 0 else None for dimension in range(leaf.ndim)]
         if axis is not None and _layer(path) not in whole:
             spec[axis] = "model"
-        while spec and spec[-1] is None:
-            spec.pop()
-        placed.append(NamedSharding(mesh, PartitionSpec(*spec)))
+        fitting = list(divisible(PartitionSpec(*spec), leaf.shape, mesh))
+        while fitting and fitting[-1] is None:
+            fitting.pop()
+        placed.append(NamedSharding(mesh, PartitionSpec(*fitting)))
     return jax.tree_util.tree_unflatten(treedef, placed)
 
 
@@ -184,7 +217,21 @@ def _keep(spec: PartitionSpec, axes: set[str]) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def _misfit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> str | None:
+def divisible(spec: PartitionSpec, shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """`spec` on `mesh`, whole along every dimension of `shape` that it does not divide.
+
+    Args:
+      spec: the layout.
+      shape: of the array.
+      mesh: concrete or abstract; axes that it lacks are left out.
+    """
+    spec = _on_mesh(spec, mesh)
+    sizes = [math.prod(mesh.shape[name] for name in _names(entry)) for entry in spec]
+    fitting = zip(spec, shape, sizes, strict=True)
+    return PartitionSpec(*(entry if size % parts == 0 else None for entry, size, parts in fitting))
+
+
+def _misfit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Any) -> str | None:
     """Why an array of this shape cannot have this layout, or None if it can."""
     for dimension, (size, entry) in enumerate(zip(shape, spec, strict=True)):
         shards = math.prod(mesh.shape[name] for name in _names(entry))
@@ -196,7 +243,7 @@ def _misfit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) 
     return None
 
 
-def shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
+def shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules = DECODER_RULES) -> Any:
     """The layout of every array of a tree, from a table of rules.
 
     A leaf's path is its keys joined by `/`, such as `blocks/0/attention/query/kernel`. The first
@@ -211,7 +258,7 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
 
     Args:
       params: tree of arrays or `jax.ShapeDtypeStruct`, for example `nnx.to_pure_dict(state)`.
-      mesh: where the arrays go; axes of a rule that the mesh lacks are dropped.
+      mesh: where the arrays go, concrete or abstract; axes of a rule that it lacks are dropped.
       rules: the table.
 
     Returns:
@@ -247,6 +294,30 @@ def shardings(params: Any, mesh: Mesh, rules: Rules = DECODER_RULES) -> Any:
         spec = fitting[problems.index(None)] if fitting else PartitionSpec()
         placed.append(NamedSharding(mesh, spec))
     return jax.tree_util.tree_unflatten(treedef, placed)
+
+
+def resident(rules: Rules = DECODER_RULES) -> Rules:
+    """The table for streaming: weights cut over `model` and `expert` alone, so that none is gathered.
+
+    Why: a training step gathers each weight once for thousands of tokens; a decode step would do it
+    for one token of each row.
+
+    Args:
+      rules: the table for training.
+
+    Example:
+      >>> rule, spec = resident(((r"mlp/up/kernel$", PartitionSpec(FSDP, "model")),))[0]
+      >>> tuple(spec)
+      (None, 'model')
+    """
+
+    def stays(entry: Any) -> Any:
+        if isinstance(entry, tuple):  # FSDP: what counts experts is cut by `expert` alone
+            entry = tuple(name for name in entry if name == "model")
+            return entry[0] if entry else None
+        return entry if entry in ("model", "expert") else None
+
+    return tuple((rule, PartitionSpec(*map(stays, spec))) for rule, spec in rules)
 
 
 def _layer(path: str) -> str:
@@ -290,6 +361,35 @@ def constrain(x: Shaped[Array, "..."], spec: PartitionSpec) -> Shaped[Array, "..
 _constraint = jax.jit(jax.lax.with_sharding_constraint, static_argnums=1, inline=True)
 
 
+def laid_out_by_compiler(run: Callable[..., Any], spec: PartitionSpec, *operands: Any) -> Any:
+    """`run(*operands)`, where explicit axes are automatic ones inside and results come out as `spec`.
+
+    Why: sorts, cumulative sums and lookups along a dimension that is cut, or beside one, have no
+    layout of their own on an explicit mesh and are refused. On every other mesh nothing changes.
+
+    Args:
+      run: of arrays or trees of them, to one or the other.
+      spec: layout of every result, cut short to its dimensions; what does not divide stays whole.
+      operands: arrays or trees of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    if not explicit:
+        return run(*operands)
+
+    def bare(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+    out = jax.tree.map(
+        lambda x: divisible(
+            _keep(PartitionSpec(*(*spec, *[None] * x.ndim)[: x.ndim]), explicit), x.shape, mesh
+        ),
+        jax.eval_shape(run, *jax.tree.map(bare, operands)),
+    )
+    return jax.sharding.auto_axes(run, axes=tuple(explicit), out_sharding=out)(*operands)
+
+
 def take_rows(
     table: Shaped[Array, "rows D"], index: Int[Array, "*batch"], *, mode: str = "clip"
 ) -> Shaped[Array, "*batch D"]:
@@ -306,8 +406,7 @@ def take_rows(
     Returns:
       `[..., D]`: the rows.
     """
-    layout = jax.typeof(index).sharding
     out = None
-    if AxisType.Explicit in layout.mesh.axis_types:
-        out = PartitionSpec(*layout.spec, None)
+    if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+        out = PartitionSpec(*jax.typeof(index).sharding.spec, None)
     return table.at[index].get(mode=mode, out_sharding=out)

@@ -1,11 +1,14 @@
 """README shows what works: its snippets run, its commands exist, its picture and paths are there."""
 
 import dataclasses
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
+from sinkjax.cli import entry
 from sinkjax.models import preset
 from sinkjax.train import RunConfig, fit
 
@@ -35,6 +38,22 @@ def test_two_commands_and_what_they_name():
     assert len(commands) == 2
     assert commands[0].strip().endswith("sinkjax quickstart")
     assert commands[1].strip().endswith("python -m pytest")
+
+
+def test_other_commands_have_the_flags_that_are_shown():
+    shown = [
+        line
+        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+        for line in block.splitlines()
+    ]
+    assert len(shown) == 3
+    for line in shown:
+        program, name, *argv = shlex.split(line)
+        command = entry.COMMANDS[name]
+        module = importlib.import_module(f"sinkjax.cli.{name}")
+        options = {"default": getattr(module, command.default)(argv)} if command.default else {}
+        assert program == "sinkjax"
+        entry.parse(getattr(module, command.config), argv, program, **options)
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)#]+)\)", TEXT))

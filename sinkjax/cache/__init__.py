@@ -10,6 +10,7 @@
     sparse_prefill everything kept, chunks that look at a part of it: `SparsePrefill`
     head_plan      which heads look far back, as JSON: `HeadPlan`
     attend         attention of a chunk on a layer's cache, exact for every cut of the stream
+    layout         what lies where on a mesh, before a step and after it
     store          what every way to keep a layer promises; `LayerSpec`: what a layer was trained with
     ring           which slot a position lives in; `ring_store`: sinks and a window, or all of a text
 
@@ -27,6 +28,7 @@ from sinkjax.cache.descriptions import Full as Full
 from sinkjax.cache.descriptions import PositionMode as PositionMode
 from sinkjax.cache.descriptions import SinkWindow as SinkWindow
 from sinkjax.cache.head_plan import HeadPlan as HeadPlan
+from sinkjax.cache.layout import keep_layout as keep_layout
 from sinkjax.cache.paged import PagedTopK as PagedTopK
 from sinkjax.cache.quantised import Quantised as Quantised
 from sinkjax.cache.ring_store import LayerState as LayerState

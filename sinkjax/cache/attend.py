@@ -1,5 +1,6 @@
 """Attention of a chunk on a layer's cache: equal to dense masked attention over the whole text."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from sinkjax.cache import ring
 from sinkjax.cache.compose import HeadGroups, attend_groups
+from sinkjax.cache.layout import explicit_again, laid_out_as
 from sinkjax.cache.store import Attended, Chunk, LayerView
 from sinkjax.ops.decode import decode_attention, decode_step
 from sinkjax.ops.differential import widen_values
@@ -78,8 +80,41 @@ def attend(
 
     Source: Xiao et al. 2023, §3.2, in closed form.
     """
-    store, view = layer_state.store, layer_state
-    _check(view, query, key, window, num_sink_tokens, log_forget)
+    _check(layer_state, query, key, window, num_sink_tokens, log_forget)
+    run = functools.partial(
+        _attend,
+        rope=rope,
+        normalizer=normalizer,
+        position_bias=explicit_again(position_bias),
+        differential=differential,
+        scale=scale,
+        logits_soft_cap=logits_soft_cap,
+    )
+    params = None if normalizer_params is None else dict(normalizer_params)
+    arrays = (query, key, value, positions, sinks, params, slots, log_forget)
+    return laid_out_as((query, layer_state.state), run, layer_state, *arrays)
+
+
+def _attend(
+    view: LayerView,
+    query,
+    key,
+    value,
+    positions,
+    sinks,
+    normalizer_params,
+    slots,
+    log_forget,
+    *,
+    rope,
+    normalizer,
+    position_bias,
+    differential,
+    scale,
+    logits_soft_cap,
+) -> tuple[Array, Any]:
+    """`attend`, checked, on automatic axes or none."""
+    store = view.store
     if isinstance(store, HeadGroups):
         return attend_groups(
             attend,
@@ -98,8 +133,6 @@ def attend(
             differential=differential,
             scale=scale,
             logits_soft_cap=logits_soft_cap,
-            window=window,
-            num_sink_tokens=num_sink_tokens,
         )
     refused = ring.refused(store.limit, positions)
     positions = ring.served(store.limit, positions)

@@ -7,6 +7,7 @@ written.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -108,6 +109,12 @@ def write(
     if where is not None:
         capacity = leaf.shape[-1] if leaf.ndim == 2 else leaf.shape[2]
         slot = jnp.where(where, slot, capacity + jnp.arange(slot.shape[1], dtype=slot.dtype))
-    rows = jnp.arange(slot.shape[0])[:, None]
-    at = leaf.at[rows, slot] if leaf.ndim == 2 else leaf.at[rows, :, slot]
-    return at.set(new.astype(leaf.dtype), mode="drop", unique_indices=True)
+
+    # Row by row, which a compiler sees: indices of rows as data would move between devices.
+    @jax.vmap
+    def put(leaf, slot, new):
+        at = leaf.at[slot] if leaf.ndim == 1 else leaf.at[:, slot]
+        new = new if leaf.ndim == 1 else new.swapaxes(0, 1)
+        return at.set(new, mode="drop", unique_indices=True)
+
+    return put(leaf, slot, new.astype(leaf.dtype))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from sinkjax.cache import ring
 from sinkjax.cache.descriptions import Description
+from sinkjax.cache.layout import laid_out_as
 from sinkjax.cache.store import LayerSpec, LayerView, Layout, Store
 
 
@@ -156,7 +157,8 @@ class Cache:
             raise ValueError(f"layers: expected {len(self.layers)} states, got {len(layers)}")
         written = []
         for layout, old in zip(_layouts(self.stores), self.positions, strict=True):
-            written.append(ring.record(layout, old, positions))
+            record = functools.partial(ring.record, layout)
+            written.append(laid_out_as(old, record, old, positions))
         beyond = ((positions < -1) | (positions >= ring.LIMIT)).any(axis=1)
         last = jnp.where(positions < ring.LIMIT, positions + 1, 0).max(axis=1, initial=0)
         time = jnp.where(beyond, ring.LIMIT, jnp.maximum(self.time, last))

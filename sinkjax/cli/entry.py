@@ -15,6 +15,10 @@ from typing import Any
 from sinkjax.cli.record import version
 
 
+class Preempted(Exception):
+    """SIGTERM ended a command that has saved what it had; says so, or nothing."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One command: the module `sinkjax.cli.<its name>` with a dataclass and `run(config) -> int`.
@@ -47,6 +51,9 @@ COMMANDS = {
     "evaluate": Command("Evaluate", "perplexity along a stream, for three cache policies"),
     "cache-report": Command("CacheReport", "perplexity against sinks, policy, budget, bits"),
     "analyze": Command("Analyze", "measure and draw the sinks of a run: report.html"),
+    "plan": Command(
+        "PlanCommand", "does it fit, how fast: a pod's step compiled without a TPU", "default"
+    ),
 }
 
 USAGE = "usage: sinkjax [-h] [--version] COMMAND ..."
@@ -64,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after `sinkjax`; None takes those of this process.
 
     Returns:
-      Exit status: 0 done, 1 failed in the middle (a loss that is no number, a closed pipe),
-      2 bad input, 130 interrupted.
+      Exit status: 0 done, or saved on SIGTERM; 1 failed in the middle (a loss that is no number,
+      a closed pipe, another process that failed or was lost); 2 bad input; 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = argv[0] if argv else "--help"
@@ -88,9 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
-        again = f"; go on with: {shlex.join(['sinkjax', *argv])}" if COMMANDS[name].resumes else ""
+        again = f"; {_go_on(argv)}" if COMMANDS[name].resumes else ""
         print(f"{title}: interrupted{again}", file=sys.stderr)
         return 130
+    except Preempted as stop:
+        if str(stop):
+            print(f"{title}: {stop}; {_go_on(argv)}", file=sys.stderr)
+        return 0
     except BrokenPipeError:
         # Whoever read the output has gone; Python would complain once more when it flushes.
         with contextlib.suppress(OSError, ValueError):
@@ -100,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(title, _describe(error), 2, error)
     except FloatingPointError as error:
         return _complain(title, _describe(error), 1, error)
+
+
+def _go_on(argv: list[str]) -> str:
+    return f"go on with: {shlex.join(['sinkjax', *argv])}"
 
 
 def overview() -> str:

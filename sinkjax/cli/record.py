@@ -13,12 +13,13 @@ from sinkjax.files import write_whole
 from sinkjax.strict_json import plain
 
 
-def environment(seed: int | None, started: float) -> dict[str, Any]:
+def environment(seed: int | None, started: float, device: str | None = None) -> dict[str, Any]:
     """The circumstances of a result, for its JSON.
 
     Args:
       seed: of what was random, or of the run that is looked at; None if nothing was random.
       started: `time.perf_counter()` when the command began.
+      device: what the result is about; None: what JAX finds here, which wakes its backends.
 
     Returns:
       `seed`; `versions` of sinkjax, jax, jaxlib, flax and python; `device`, number and kind;
@@ -28,8 +29,10 @@ def environment(seed: int | None, started: float) -> dict[str, Any]:
     import flax
     import jax
 
-    devices = jax.devices()
-    kind = devices[0].device_kind
+    if device is None:
+        devices = jax.devices()
+        kind = devices[0].device_kind
+        device = kind if len(devices) == 1 else f"{len(devices)} x {kind}"
     return {
         "seed": seed,
         "versions": {
@@ -39,7 +42,7 @@ def environment(seed: int | None, started: float) -> dict[str, Any]:
             "flax": flax.__version__,
             "python": platform.python_version(),
         },
-        "device": kind if len(devices) == 1 else f"{len(devices)} x {kind}",
+        "device": device,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import tyro
 
+from sinkjax.cli.entry import Preempted
 from sinkjax.cli.record import environment, write_json
 from sinkjax.models import PRESETS, count, preset
 from sinkjax.models.variants import variant
 from sinkjax.train.config import RunConfig
+from sinkjax.train.distributed import DistributedConfig, joined
 from sinkjax.train.presets import train_preset
 
 # tyro does not wrap a description: every paragraph fits 80 columns.
@@ -23,7 +26,11 @@ _ABOUT = """Train a model, or go on with a run that was interrupted or killed.
 Preset, variant and recipe give the defaults of --model.*, --optimizer.* and
 --penalties.*, and flags override them.
 
-Ctrl-C saves and says how to go on. The numbers at the end: OUT/summary.json.
+Ctrl-C and SIGTERM save and say how to go on; the latter ends with status 0.
+
+Hosts run one command with --distributed.mode auto on an OUT that all see.
+
+The numbers at the end: OUT/summary.json.
 """
 _PRESET = Annotated[
     str,
@@ -58,6 +65,9 @@ def _train() -> type:
             kind = Annotated[str, tyro.conf.arg(name="out")]
         given = {"default": field.default, "default_factory": field.default_factory}
         fields.append((field.name, kind, dataclasses.field(**given)))
+    fields.append(
+        ("distributed", DistributedConfig, dataclasses.field(default=DistributedConfig()))
+    )
     arguments = (RunConfig.__doc__ or "").partition("Args:")[2]
     about = {"__doc__": f"{_ABOUT}\nArgs:{arguments}"}
     return dataclasses.make_dataclass("Train", fields, frozen=True, namespace=about)
@@ -90,15 +100,27 @@ def run(config: Any) -> int:
 
     Raises:
       KeyboardInterrupt: Ctrl-C; the run is saved.
+      Preempted: SIGTERM; likewise.
     """
     started = time.perf_counter()
     names = [field.name for field in dataclasses.fields(RunConfig)]
     wanted = RunConfig(**{name: getattr(config, name) for name in names})
     from sinkjax.train.loop import fit
 
-    done = fit(wanted)
+    with joined(config.distributed):
+        done = fit(wanted)
+        first = jax.process_index() == 0
+        if first and not done.interrupted:
+            _tell(done, started)
+    if done.preempted:
+        raise Preempted(f"stopped by SIGTERM at step {done.step:,}; saved" if first else "")
     if done.interrupted:
         raise KeyboardInterrupt
+    return 0
+
+
+def _tell(done: Any, started: float) -> None:
+    wanted = done.config
     validation = [record for record in done.metrics if record["split"] == "validation"][-1]
     parameters = count(wanted.model)
     summary = done.path / "summary.json"
@@ -112,7 +134,6 @@ def run(config: Any) -> int:
     if wanted.data.source == "text":
         for command in ("generate", "evaluate", "analyze"):
             print(f"next: sinkjax {command} {shlex.quote(str(done.path))}")
-    return 0
 
 
 def _tells_of(summary: Path, steps: int) -> bool:

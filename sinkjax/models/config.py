@@ -4,18 +4,19 @@ import dataclasses
 from typing import Literal
 
 from sinkjax.modules.attention import AttentionConfig
+from sinkjax.modules.mlp import MLPVariant
 from sinkjax.modules.variant import LayerVariant
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "attention"]
 SinkLayers = Literal["all", "windowed"]
-REMATS: tuple[Remat, ...] = ("none", "full", "dots")
+REMATS: tuple[Remat, ...] = ("none", "full", "dots", "attention")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(LayerVariant):
+class DecoderConfig(MLPVariant, LayerVariant):
     """Everything that makes one decoder: shape, attention variant, layer pattern, compilation.
 
-    The fields of `LayerVariant` hold for every layer.
+    The fields of `LayerVariant` and `MLPVariant` hold for every layer.
 
     Args:
         vocab_size: V, reserved ids included.
@@ -24,7 +25,7 @@ class DecoderConfig(LayerVariant):
         num_heads: N, query heads.
         num_kv_heads: K, key/value heads; N is a multiple of K.
         head_dim: H, size of a head; even with RoPE.
-        mlp_dim: F, width of the feed-forward layer.
+        mlp_dim: F, width of the feed-forward layer; with experts of one of them.
         context_length: tokens per training row; what a cache may hold rotated.
         windows: window of each layer in tokens, None for all; the pattern repeats over the layers.
         sink_layers: which layers have sink logits where there are any: all, or those with a window.
@@ -35,8 +36,8 @@ class DecoderConfig(LayerVariant):
         tied_head: logits from the embedding table instead of a matrix of their own.
         scan_layers: stack the layers and scan over the repeating group: compile time does not grow
             with L. Same numbers; `sinkjax.models.unroll` goes back.
-        remat: what the backward pass computes again: none; full, all of a layer; dots, all but
-            matrix products.
+        remat: what the backward pass computes again: none; full, all of a layer; attention, all but
+            attention, whose output [B, T, N, H] is kept; dots, all but products with weights.
 
     Raises:
         ValueError: names the field, what was expected and what came.
@@ -62,6 +63,7 @@ class DecoderConfig(LayerVariant):
         for name in ("vocab_size", "num_layers", "mlp_dim", "context_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        self.check()
         if not isinstance(self.windows, tuple) or not self.windows:
             raise ValueError(f"windows: expected a non-empty tuple, got {self.windows!r}")
         if len(self.windows) > self.num_layers:

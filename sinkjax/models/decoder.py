@@ -13,7 +13,9 @@ from sinkjax.modules.block import Block
 from sinkjax.modules.norm import make_norm
 from sinkjax.modules.projection import contract
 from sinkjax.ops import penalties as formulas
-from sinkjax.sharding import constrain, take_rows
+from sinkjax.ops.embedding import embed
+from sinkjax.sharding import ROWS, constrain, divisible, laid_out_by_compiler
+from sinkjax_kernels.flash.saved import SAVED
 
 
 class Embedding(nnx.Module):
@@ -25,7 +27,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(_normal(rngs, shape, config))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return take_rows(self.embedding[...], tokens, mode="fill").astype(self.dtype)
+        return embed(self.embedding[...], tokens, self.dtype)
 
 
 class Head(nnx.Module):
@@ -138,11 +140,12 @@ class Decoder(nnx.Module):
             segment_ids: [B, T] or [T]; segments of one row do not see each other.
             cache: tokens seen before, from `init_cache`; the result holds the one that follows.
             statistics: also reduce per-layer attention and residual statistics (`Attention`,
-                `Block`); with a cache those of the residual stream only.
+                `Block`); with a cache none of attention.
             penalties: names of `sinkjax.ops.penalties.PENALTIES` to return in ``aux``, unweighted,
                 over the tokens that are no padding: ``tweo`` is a mean over the layers,
                 ``decorrelation`` (from the first token of the segment) over the layers but the
-                last, ``hidden_z_loss`` of the last layer before the norm. Not with a cache.
+                last, ``hidden_z_loss`` of the last layer before the norm, ``load_balancing`` and
+                ``router_z_loss`` means over the layers of a mixture of experts. Not with a cache.
 
         Returns:
             `Output`; statistics have a leading layer axis in the order of the layers.
@@ -150,7 +153,7 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: a cache together with segment_ids or penalties, or an unknown penalty.
         """
-        _check_penalties(penalties, self.config.num_layers, cached=cache is not None)
+        _check_penalties(penalties, self.config, cached=cache is not None)
         x = _keep_rows(self.embed(tokens))
         measured = None
         if penalties:
@@ -261,54 +264,68 @@ class Decoder(nnx.Module):
         return x, jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), reduced)
 
     def _apply(self, statistics, measured):
+        routers = [n for n in formulas.ROUTER_PENALTIES if measured and n in measured[0]]
+
         def apply(block, x, positions, segment_ids):
             x, _, reduced = block(
-                x, positions=positions, segment_ids=segment_ids, statistics=statistics
+                x,
+                positions=positions,
+                segment_ids=segment_ids,
+                statistics=statistics,
+                penalties=tuple(routers),
             )
             x = _keep_rows(x)
-            return x, (reduced, _of_layer(measured[0], measured[1], x) if measured else {})
+            found = _of_layer(measured[0], measured[1], x) if measured else {}
+            return x, (reduced, found | {name: reduced.pop(name) for name in routers})
 
         if self.config.remat == "none":
             return apply
         policies = jax.checkpoint_policies
-        policy = None if self.config.remat == "full" else policies.dots_with_no_batch_dims_saveable
+        policy = {
+            "full": None,
+            "dots": policies.dots_with_no_batch_dims_saveable,
+            "attention": policies.save_only_these_names(SAVED),
+        }[self.config.remat]
         # Inside a scan XLA cannot merge the two computations anyway, and the barrier costs time.
         return jax.checkpoint(apply, policy=policy, prevent_cse=not self.config.scan_layers)
 
 
 def _keep_rows(x: Array) -> Array:
-    """On an automatic mesh, the stream cut by rows of the batch.
+    """On an automatic mesh, the stream cut by rows of the batch and, over ``sequence``, by tokens.
 
     Otherwise the compiler may follow a kernel that is cut over ``data`` along the model width and
     add up partial sums of the whole batch on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    if kinds.get("data") != AxisType.Auto or x.shape[0] % mesh.shape["data"]:
+    if kinds.get("data") != AxisType.Auto:
         return x
-    return constrain(x, PartitionSpec("data", None, None))
+    return constrain(x, divisible(PartitionSpec(ROWS, "sequence", None), x.shape, mesh))
 
 
 def _block(config: DecoderConfig, index: int, key: Array) -> Block:
-    return Block(config.layer(index), config.mlp_dim, rngs=nnx.Rngs(params=key))
+    return Block(config.layer(index), config.mlp_dim, rngs=nnx.Rngs(params=key), mlp=config.mlp)
 
 
 def _stack(reduced):
     return jax.tree.map(lambda *layers: jnp.stack(layers), *reduced)
 
 
-def _check_penalties(names: tuple[str, ...], num_layers: int, cached: bool) -> None:
+def _check_penalties(names: tuple[str, ...], config: DecoderConfig, cached: bool) -> None:
     unknown = [name for name in names if name not in formulas.PENALTIES]
     if unknown:
         expected = ", ".join(formulas.PENALTIES)
         raise ValueError(f"penalties: expected some of {expected}; got {', '.join(unknown)}")
     if names and cached:
         raise ValueError(f"penalties: expected none with a cache, got {', '.join(names)}")
-    if "decorrelation" in names and num_layers < 2:
+    if "decorrelation" in names and config.num_layers < 2:
         raise ValueError(
             "penalties: expected at least 2 layers with decorrelation, which leaves out the last; "
-            f"got {num_layers}"
+            f"got {config.num_layers}"
         )
+    routers = [name for name in names if name in formulas.ROUTER_PENALTIES]
+    if routers and not config.num_experts:
+        raise ValueError(f"penalties: expected experts with {', '.join(routers)}, got none")
 
 
 def _of_layer(
@@ -320,7 +337,12 @@ def _of_layer(
         found["tweo"] = formulas.tweo(x, formulas.counted("tweo", segments))
     if "decorrelation" in names:
         first = formulas.first_tokens(segments)[..., None]
-        anchor = jnp.take_along_axis(x, first, axis=1)
+        anchor = laid_out_by_compiler(
+            lambda x, first: jnp.take_along_axis(x, first, axis=1),
+            PartitionSpec(ROWS, "sequence"),
+            x,
+            first,
+        )
         mask = formulas.counted("decorrelation", segments)
         found["decorrelation"] = formulas.decorrelation(x, anchor, mask)
     return found

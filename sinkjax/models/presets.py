@@ -1,7 +1,7 @@
 """Named decoder shapes, as data.
 
-The published ones are shapes only: dense pre-norm decoders with the numbers of the models they are
-named after, to size a run with. Weights come from elsewhere.
+The published ones are shapes only: pre-norm decoders with the numbers of the models they are named
+after, to size a run with. Weights come from elsewhere.
 """
 
 from typing import Any
@@ -10,6 +10,26 @@ from sinkjax.models.config import DecoderConfig
 
 BYTES = 257  # 256 bytes and BOS
 _LARGE: dict[str, Any] = dict(scan_layers=True, remat="full", dtype="bfloat16")
+
+# gpt-oss (arXiv 2508.10925), config.json: sink logits, window 128 and full in turn, 4 experts per token;
+# trained at 4,096 before YaRN. Left out: biases of the attention projections, YaRN, MXFP4 weights.
+_GPT_OSS: dict[str, Any] = dict(
+    vocab_size=201088,
+    model_dim=2880,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=64,
+    mlp_dim=2880,
+    num_experts_per_token=4,
+    mlp_activation="clamped_swiglu",
+    mlp_bias=True,
+    context_length=4096,
+    sinks=True,
+    windows=(128, None),
+    rope_theta=150000.0,
+    norm_epsilon=1e-5,
+    **_LARGE,
+)
 
 PRESETS: dict[str, DecoderConfig] = {
     # Byte level. 0.1 M parameters beside the vocabulary: a minute on 2 CPU cores for 2,000 steps of
@@ -92,23 +112,40 @@ PRESETS: dict[str, DecoderConfig] = {
         norm_epsilon=1e-5,
         **_LARGE,
     ),
-    # The attention of gpt-oss-20b (arXiv 2508.10925): sink logits, window 128 and full in turn,
-    # trained at 4,096 before YaRN. Dense here, as wide as its 4 active experts.
-    "gpt-oss-like": DecoderConfig(
-        vocab_size=201088,
-        model_dim=2880,
-        num_layers=24,
+    # Meta-Llama-3-70B, config.json. 70,553,706,496 parameters.
+    "llama3-70b": DecoderConfig(
+        vocab_size=128256,
+        model_dim=8192,
+        num_layers=80,
         num_heads=64,
         num_kv_heads=8,
-        head_dim=64,
-        mlp_dim=11520,
-        context_length=4096,
-        sinks=True,
-        windows=(128, None),
-        rope_theta=150000.0,
+        head_dim=128,
+        mlp_dim=28672,
+        context_length=8192,
+        rope_theta=500000.0,
         norm_epsilon=1e-5,
         **_LARGE,
     ),
+    # Mixtral-8x7B-v0.1, config.json: 2 of 8 experts. 46,702,792,704 parameters.
+    "mixtral-8x7b": DecoderConfig(
+        vocab_size=32000,
+        model_dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        mlp_dim=14336,
+        num_experts=8,
+        num_experts_per_token=2,
+        context_length=32768,
+        rope_theta=1e6,
+        norm_epsilon=1e-5,
+        **_LARGE,
+    ),
+    # 20,914,757,184 parameters as published, less the 192,000 of its attention biases.
+    "gpt-oss-20b": DecoderConfig(num_layers=24, num_experts=32, **_GPT_OSS),
+    # 116,829,156,672 parameters as published, less the 288,000 of its attention biases.
+    "gpt-oss-120b": DecoderConfig(num_layers=36, num_experts=128, **_GPT_OSS),
 }
 
 

@@ -1,5 +1,6 @@
 """Model configs as JSON, and models out of run folders."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from sinkjax.checksums import damage
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.decoder import Decoder
 from sinkjax.models.parameters import abstract, check_shapes, from_parameters, parameters
 from sinkjax.sharding import DECODER_RULES, shardings
 from sinkjax.strict_json import from_json, parse, to_json
+
+logger = logging.getLogger("sinkjax.models")
 
 
 def config_to_json(config: DecoderConfig) -> str:
@@ -38,19 +42,20 @@ def load(
 ) -> tuple[Decoder, DecoderConfig]:
     """The model that a training run left behind.
 
-    Only the parameters are read, not the optimiser.
+    Only the parameters are read, not the optimiser, and compared with their checksums.
 
     Args:
         path: run folder: `config.json` with the model under ``"model"``, and `checkpoints/<step>`.
-        step: which checkpoint; None is the newest.
+        step: which checkpoint; None is the newest that is as it was written: a damaged one is
+            logged, with what is wrong with it, and left out.
         mesh: where the parameters go, by `sinkjax.sharding.DECODER_RULES`; None is one device.
 
     Returns:
         The model, and its config.
 
     Raises:
-        ValueError: no such folder, no config or checkpoint in it, or a checkpoint of another shape
-            (names the first parameter that differs).
+        ValueError: no such folder, no config or checkpoint in it, the checkpoint (or every one)
+            damaged, or a checkpoint of another shape (names the first parameter that differs).
     """
     # Here, not above: `import sinkjax` must stay light.
     from orbax.checkpoint import v1 as ocp
@@ -100,4 +105,12 @@ def _checkpoint(folder: Path, step: int | None) -> Path:
         raise ValueError(f"path: expected a checkpoint in {root}, got none")
     if step is not None and step not in steps:
         raise ValueError(f"step: expected one of {', '.join(map(str, steps))}; got {step}")
-    return root / str(steps[-1] if step is None else step)
+    bad = []
+    for number in steps[::-1] if step is None else [step]:
+        reason = damage(root / str(number), part="params/")
+        if not reason:
+            return root / str(number)
+        bad.append(f"{number}/{reason}")
+        if step is None:
+            logger.warning("%s is damaged and left out: %s", root / str(number), reason)
+    raise ValueError(f"{root}: expected a checkpoint that is whole, got {'; '.join(bad)}")

@@ -9,6 +9,8 @@ from sinkjax.modules.attention import AttentionConfig as AttentionConfig
 from sinkjax.modules.block import Block as Block
 from sinkjax.modules.gate import Gate as Gate
 from sinkjax.modules.mlp import MLP as MLP
+from sinkjax.modules.mlp import MLPVariant as MLPVariant
+from sinkjax.modules.moe import MoE as MoE
 from sinkjax.modules.norm import DynamicTanh as DynamicTanh
 from sinkjax.modules.norm import GatedNorm as GatedNorm
 from sinkjax.modules.norm import PreAffineNorm as PreAffineNorm

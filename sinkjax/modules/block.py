@@ -5,13 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax.cache import LayerView
 from sinkjax.modules.attention import Attention, AttentionConfig
-from sinkjax.modules.mlp import MLP
+from sinkjax.modules.mlp import MLP, MLPVariant
+from sinkjax.modules.moe import MoE
 from sinkjax.modules.norm import make_norm
 from sinkjax.modules.tap import tap
+from sinkjax.sharding import ROWS, laid_out_by_compiler
 
 
 class Block(nnx.Module):
@@ -26,33 +29,46 @@ class Block(nnx.Module):
 
     Parameters: ``attention/...``, ``mlp/...``, ``attention_norm/...`` and ``mlp_norm/...``, of which
     ``scale`` [D] in the plain norm; sandwiched also ``attention_norm_out`` and ``mlp_norm_out``.
+    ``mlp`` is an `MLP`, or with experts an `MoE`.
     Taps: ``residual_attention`` and ``residual_mlp``, the stream after each half.
     Statistics, beside those of the attention, over the two halves in this order:
     ``residual_norm`` [B, 2, T] the L2 norm, ``residual_top`` [B, 2, 3] the three largest |x| over
-    (T, D), ``residual_median`` [B, 2] the median |x|; padding is left out of the last two.
+    (T, D), ``residual_median`` [B, 2] the median |x|; padding is left out of the last two. With experts
+    also ``expert_share`` [B, E], without padding.
 
     Args:
         config: of the attention; its norms, init_std and dtypes hold for the block.
-        mlp_dim: F, width inside the feed-forward layer.
+        mlp_dim: F, width inside the feed-forward layer, or inside one expert.
         rngs: source of the initial parameters.
+        mlp: what the feed-forward layer is.
 
     Source: post Vaswani et al., arXiv 1706.03762; pre Xiong et al., arXiv 2002.04745; sandwich Ding
         et al., arXiv 2105.13290.
     """
 
-    def __init__(self, config: AttentionConfig, mlp_dim: int, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: AttentionConfig,
+        mlp_dim: int,
+        rngs: nnx.Rngs,
+        mlp: MLPVariant = MLPVariant(),  # noqa: B008 - frozen
+    ):
         self.config = config
         D = config.model_dim
         self.attention_norm = make_norm(D, config, rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = make_norm(D, config, rngs)
-        self.mlp = MLP(
-            D,
-            mlp_dim,
+        mlp.check()
+        rest: dict[str, Any] = dict(
             init_std=config.init_std,
             dtype=config.dtype,
             param_dtype=config.param_dtype,
             rngs=rngs,
+        )
+        self.mlp = (
+            MoE(D, mlp_dim, mlp, **rest)
+            if mlp.num_experts
+            else MLP(D, mlp_dim, activation=mlp.mlp_activation, **rest)
         )
         if config.norm_placement == "sandwich":
             self.attention_norm_out = make_norm(D, config, rngs)
@@ -66,9 +82,20 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | Int[Array, " T"] | None = None,
         cache: LayerView | None = None,
         statistics: bool = False,
+        penalties: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], Any | None, dict[str, Array]]:
-        """As `Attention.__call__`, over the whole block; a cache takes residual statistics only."""
+        """As `Attention.__call__`, over the whole block; a cache takes no statistics of attention.
+
+        Names in ``penalties`` that are the router's come back among the statistics.
+        """
         is_pre = self.config.norm_placement != "post"
+        valid = None
+        if statistics or penalties:
+            valid = jnp.ones(x.shape[:2], bool)
+            if positions is not None:
+                valid &= positions >= 0
+            if segment_ids is not None:
+                valid &= segment_ids != 0
         out, state, reduced = self.attention(
             self.attention_norm(x) if is_pre else x,
             positions=positions,
@@ -80,18 +107,20 @@ class Block(nnx.Module):
             out = self.attention_norm_out(out)
         middle = x + out if is_pre else self.attention_norm(x + out)
         tap(self, "residual_attention", middle)
-        out = self.mlp(self.mlp_norm(middle) if is_pre else middle)
+        inside = self.mlp_norm(middle) if is_pre else middle
+        if isinstance(self.mlp, MoE):
+            out, found = self.mlp(inside, mask=valid, statistics=statistics, penalties=penalties)
+            reduced = reduced | found
+        else:
+            out = self.mlp(inside)
         if self.config.norm_placement == "sandwich":
             out = self.mlp_norm_out(out)
         end = middle + out if is_pre else self.mlp_norm(middle + out)
         tap(self, "residual_mlp", end)
-        if statistics:
-            valid = jnp.ones(x.shape[:2], bool)
-            if positions is not None:
-                valid &= positions >= 0
-            if segment_ids is not None:
-                valid &= segment_ids != 0
-            reduced = reduced | _residual_statistics(middle, end, valid)
+        if statistics and valid is not None:
+            reduced = reduced | laid_out_by_compiler(
+                _residual_statistics, PartitionSpec(ROWS), middle, end, valid
+            )
         return end, state, reduced
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from sinkjax.modules.attention import Attention, AttentionConfig
 from sinkjax.modules.block import Block
+from sinkjax.modules.mlp import MLPVariant
 
 
 def attention(config: AttentionConfig, *, name: str | None = None) -> nn.Module:
@@ -21,6 +22,12 @@ def attention(config: AttentionConfig, *, name: str | None = None) -> nn.Module:
     return nnx.bridge.to_linen(Attention, config, name=name)
 
 
-def block(config: AttentionConfig, mlp_dim: int, *, name: str | None = None) -> nn.Module:
+def block(
+    config: AttentionConfig,
+    mlp_dim: int,
+    *,
+    mlp: MLPVariant = MLPVariant(),  # noqa: B008 - frozen
+    name: str | None = None,
+) -> nn.Module:
     """`sinkjax.modules.Block` as a Linen module."""
-    return nnx.bridge.to_linen(Block, config, mlp_dim, name=name)
+    return nnx.bridge.to_linen(Block, config, mlp_dim, mlp=mlp, name=name)

@@ -37,6 +37,7 @@ from sinkjax.ops.differential import differential_lambda as differential_lambda
 from sinkjax.ops.differential import widen_values as widen_values
 
 # Around attention
+from sinkjax.ops.activations import clamped_swiglu as clamped_swiglu
 from sinkjax.ops.activations import swiglu as swiglu
 from sinkjax.ops.gates import apply_gate as apply_gate
 from sinkjax.ops.gates import elementwise_gate as elementwise_gate
@@ -50,7 +51,11 @@ from sinkjax.ops.norms import pre_affine_norm as pre_affine_norm
 from sinkjax.ops.norms import rms_norm as rms_norm
 from sinkjax.ops.norms import single_scale_norm as single_scale_norm
 
+# Mixture of experts: `route`, `mixture`, its two losses
+from sinkjax.ops import moe as moe
+
 # Training
+from sinkjax.ops.head_loss import head_cross_entropy as head_cross_entropy
 from sinkjax.ops.losses import cross_entropy as cross_entropy
 from sinkjax.ops.losses import token_nll as token_nll
 from sinkjax.ops.penalties import decorrelation as decorrelation

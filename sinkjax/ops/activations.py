@@ -1,6 +1,7 @@
 """Gated activations."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -29,3 +30,37 @@ def swiglu(
       [0.0, 200.0]
     """
     return jax.nn.silu(gate) * up
+
+
+def clamped_swiglu(
+    gate: Float[Array, "*batch F"],
+    up: Float[Array, "*batch F"],
+    *,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Float[Array, "*batch F"]:
+    """The gated activation of gpt-oss.
+
+    `g * sigmoid(alpha * g) * (u + 1)` with `g = min(gate, limit)`, `u = clip(up, -limit, limit)`.
+
+    Why: what comes out is below 56, so no channel makes a massive activation by itself; with `up`
+    at 0 the layer passes the gate on.
+
+    Args:
+      gate: `[..., F]`, clamped from above only.
+      up: `[..., F]`.
+      alpha: 1.702 makes `x * sigmoid(alpha * x)` nearly GELU.
+      limit: of both.
+
+    Returns:
+      `[..., F]`, in the dtype of the inputs.
+
+    Source: gpt-oss model card, arXiv:2508.10925, section 2, and the constants of its published code.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> clamped_swiglu(jnp.array([0.0, 100.0]), jnp.array([3.0, -1.0])).tolist()
+      [0.0, 0.0]
+    """
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)

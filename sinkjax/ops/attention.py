@@ -8,15 +8,20 @@ import dataclasses
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from sinkjax.ops import sequence
 from sinkjax.ops.dispatch import Implementation, Table, choose, dispatch
-from sinkjax.ops.shards import per_shard
+from sinkjax.ops.sequence import Plan as Plan
+from sinkjax.ops.sequence.rectangle import rectangular
+from sinkjax.ops.shards import free_axes, per_shard
 from sinkjax_kernels import masks, normalizers
 from sinkjax_kernels.flash import cudnn, pallas_gpu, pallas_tpu, reference, rows, xla
 from sinkjax_kernels.normalizers import Normalizer
@@ -95,13 +100,23 @@ class _Call:
     def normalizer(self) -> Normalizer:
         return self.static["normalizer"]
 
-    def dispatch(self, table: Table, implementation, results) -> Any:
+    def dispatch(self, table: Table, implementation, results, plan: Plan | None = None) -> Any:
         """The first implementation that serves the call, on a mesh by each device for its part."""
-        B, _, N, _ = self.arrays["query"].shape
-        sizes = {"B": B, "N": N, "K": self.arrays["key"].shape[2]}
+        B, T, N, _ = self.arrays["query"].shape
+        S, K = self.arrays["key"].shape[1:3]
+        sizes = {"B": B, "N": N, "K": K}
+
+        def attend(arrays, static):
+            return dispatch(table, implementation, alike(arrays), static)
 
         def run(arrays):
-            return dispatch(table, implementation, alike(arrays), self.static)
+            return attend(arrays, self.static)
+
+        if plan is not None and plan.strategy != "whole":
+            sizes |= {"T": T, "S": S}
+            run = partial(sequence.STRATEGIES[plan.strategy], attend, static=self.static)
+        if plan is not None and plan.strategy == "ring":
+            table = rectangular(table)
 
         found = per_shard(run, self.arrays, _LETTERS, results, sizes)
         return found if self.batched else jax.tree.map(lambda x: x[0], found)
@@ -147,6 +162,11 @@ def dot_product_attention(
     and lengths and `mask` allow it. A sink token is exempt from both window bounds and nothing else,
     so causal models pass `is_causal=True`. A window of W keys, the query's own included, is
     `local_window_size=(W - 1, 0)`.
+
+    On a mesh each device computes its rows and heads, and where the axis `sequence` cuts the tokens its
+    queries: causal windows move O(P + W) keys, other rows of softmax go round a ring, and what is left
+    gathers all keys (`resolve_sequence` says which and why). Positions and segments decide: positions
+    left out, and one array of segment ids for queries and keys, are what the first two need.
 
     Args:
         query: K divides N; the batch dimension may be absent, as in `jax.nn`.
@@ -215,7 +235,10 @@ def dot_product_attention(
     if return_residual and not call.normalizer.has_log_sum_exp:
         raise ValueError(f"return_residual: {call.normalizer} has no log-sum-exp to return")
     lse = "BTN" if call.normalizer.has_log_sum_exp else None
-    found = call.dispatch(IMPLEMENTATIONS, implementation, ("BTNH", lse))
+    plan = sequence.plan(call.arrays, call.static, free_axes().get("sequence", 1))
+    if "sequence" in free_axes():
+        sequence.tell(plan)
+    found = call.dispatch(IMPLEMENTATIONS, implementation, ("BTNH", lse), plan)
     return found if return_residual else found[0]
 
 
@@ -234,22 +257,48 @@ def resolve(
     """
     backend = jax.default_backend()
     target: str = platform or {"gpu": "cuda"}.get(backend, backend)
-    chosen = []
 
-    def trace(args, arrays):
-        call = _check(*args, **arrays, **options)
-        chosen.append(choose(IMPLEMENTATIONS, implementation, target, call.arrays | call.static))
+    def ask(call):
+        return choose(IMPLEMENTATIONS, implementation, target, call.arrays | call.static)
 
-    options = {n: x for n, x in kwargs.items() if n in _STATIC}
-    options.pop("return_residual", None)
-    jax.eval_shape(trace, args, {n: x for n, x in kwargs.items() if n not in _STATIC})
-    return chosen[0]
+    return _traced(ask, args, kwargs)
 
 
 _STATIC = {
     "scale", "is_causal", "local_window_size", "num_sink_tokens", "normalizer", "logits_soft_cap",
     "return_residual",
 }  # fmt: skip
+
+
+def resolve_sequence(*args, shards: int | None = None, **kwargs) -> Plan:
+    """How `dot_product_attention` runs these arguments where `sequence` cuts the tokens, and why.
+
+    Arguments may be arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Args:
+        shards: devices along `sequence`; those of the current mesh by default.
+    """
+    number = free_axes().get("sequence", 1) if shards is None else shards
+    return _traced(lambda call: sequence.plan(call.arrays, call.static, number), args, kwargs)
+
+
+def _traced(ask, args, kwargs) -> Any:
+    """What `ask` says of the checked call of these arguments, arrays or shapes."""
+    kwargs = {n: x for n, x in kwargs.items() if n != "return_residual"}
+    is_packed = kwargs.get("query_segment_ids") is kwargs.get("key_segment_ids") is not None
+    if is_packed:  # one array has to stay one
+        del kwargs["key_segment_ids"]
+    known = {n for n, x in kwargs.items() if n in _STATIC or isinstance(x, np.ndarray)}
+    found = []
+
+    def trace(args, arrays):
+        given = arrays | {n: kwargs[n] for n in known}
+        if is_packed:
+            given["key_segment_ids"] = given["query_segment_ids"]
+        found.append(ask(_check(*args, **given)))
+
+    jax.eval_shape(trace, args, {n: x for n, x in kwargs.items() if n not in known})
+    return found[0]
 
 
 def attention_weights(query, key, bias=None, mask=None, **options) -> Float[Array, "*B N T S"]:
@@ -357,6 +406,9 @@ def _check(
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask: expected booleans, got {mask.dtype}; additive masks are `bias`")
 
+    is_packed = query_segment_ids is key_segment_ids
+    query_segment_ids = _uncut(query_segment_ids)
+    key_segment_ids = query_segment_ids if is_packed else _uncut(key_segment_ids)
     visibility = masks.build(
         (B, T, S, K),
         is_causal=is_causal,
@@ -383,6 +435,14 @@ def _check(
         "logits_soft_cap": logits_soft_cap,
     }
     return _Call(arrays, static, batched)
+
+
+def _uncut(ids) -> Any:
+    """Segment ids of whole rows: an explicit mesh allows no look at a neighbour across a cut."""
+    layout = jax.typeof(ids).sharding if isinstance(ids, jax.Array) else None
+    if layout is None or AxisType.Explicit not in layout.mesh.axis_types or layout.spec[-1] is None:
+        return ids
+    return jax.sharding.reshard(ids, PartitionSpec(*layout.spec[:-1], None))
 
 
 def check_params(

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from sinkjax.ops.precision import at_least_float32
@@ -12,9 +13,14 @@ def _nll_and_lse(logits: Array, targets: Array) -> tuple[Array, Array]:
         raise ValueError(f"targets: expected shape {logits.shape[:-1]}, got {targets.shape}")
     wide = at_least_float32(logits)
     lse = jax.nn.logsumexp(wide, axis=-1)
+    # Not a lookup: a vocabulary that is cut over a mesh would be gathered for it, or refused.
+    layout = jax.typeof(wide).sharding
+    out = layout if AxisType.Explicit in layout.mesh.axis_types else None
+    column = jax.lax.broadcasted_iota(targets.dtype, wide.shape, wide.ndim - 1, out_sharding=out)
+    chosen = jnp.where(column == targets[..., None], wide, 0).sum(axis=-1)
     # A target outside the vocabulary gives NaN, not the loss of some other token.
-    chosen = jnp.take_along_axis(wide, targets[..., None], axis=-1, mode="fill")[..., 0]
-    return lse - chosen, lse
+    known = (targets >= 0) & (targets < wide.shape[-1])
+    return lse - jnp.where(known, chosen, jnp.nan), lse
 
 
 def token_nll(

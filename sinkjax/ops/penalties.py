@@ -6,11 +6,16 @@ in float32 at least. `sinkjax.models.Decoder` returns those in `PENALTIES` when 
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sinkjax.ops.precision import at_least_float32
+from sinkjax.sharding import ROWS, laid_out_by_compiler
 
-PENALTIES = ("hidden_z_loss", "tweo", "decorrelation")
+ROUTER_PENALTIES = ("load_balancing", "router_z_loss")
+"""Those of a mixture of experts, in `sinkjax.ops.moe`."""
+
+PENALTIES = ("hidden_z_loss", "tweo", "decorrelation", *ROUTER_PENALTIES)
 """Names that `Decoder.__call__(penalties=...)` and the weights of a run know."""
 
 
@@ -164,9 +169,13 @@ def segments(
 
 def first_tokens(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Index in the row of the first token of each token's segment."""
-    index = jnp.arange(segments.shape[1])
-    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-    return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+    def find(segments: Array) -> Array:
+        index = jnp.arange(segments.shape[1])
+        begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        return jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+
+    return laid_out_by_compiler(find, PartitionSpec(ROWS, "sequence"), segments)
 
 
 def counted(name: str, segments: Int[Array, "B T"]) -> Bool[Array, "B T"]:

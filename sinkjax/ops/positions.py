@@ -6,10 +6,17 @@ a sink token that stays while the stream goes on is capped, for instance.
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from sinkjax import sharding
-from sinkjax_kernels.masks import index_within_segment as index_within_segment
+from sinkjax_kernels import masks
+
+
+def index_within_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of every token in its own segment, `sinkjax_kernels.masks`, on any mesh."""
+    layout = PartitionSpec(sharding.ROWS, "sequence")
+    return sharding.laid_out_by_compiler(masks.index_within_segment, layout, segment_ids)
 
 
 def distances(

@@ -1,9 +1,11 @@
 """Run a function of attention operands on each device's part of them, inside `jax.shard_map`.
 
-Rows of the batch and heads do not see each other, so a mesh that cuts `data` and `model` needs no
-communication here; and a kernel cannot be cut by the compiler, which knows nothing of what is in it.
+Rows of the batch and heads do not see each other, so a mesh that cuts these needs no communication
+here; and a kernel cannot be cut by the compiler, which knows nothing of what is in it. Tokens do see
+each other: `sinkjax.ops.sequence` says how, where `sequence` cuts them.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
-from sinkjax.sharding import constrain
+from sinkjax.sharding import ROWS, constrain
 
-_AXIS_OF = {"B": "data", "N": "model", "K": "model"}
+
+def free_axes() -> dict[str, int]:
+    """Sizes of the axes of the current mesh that no surrounding `jax.shard_map` has taken."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind != AxisType.Manual}
 
 
 def per_shard(
@@ -32,31 +39,32 @@ def per_shard(
         letters: by name of an operand, or of a leaf of one: a letter for each dimension, such as "BSKH";
             words for several ranks. A dimension of size 1 is shared by all.
         results: tree with the letters of what comes out.
-        sizes: of B, N and K; what does not divide stays whole on every device.
+        sizes: of B, N and K; what does not divide stays whole on every device. T and S only where
+            `run` knows what to do with tokens that are cut over `sequence`.
         may_repeat: repeat key heads that are fewer than the shards, so that each shard has its own.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind != AxisType.Manual
-    }
+    free = free_axes()
     if not free:
         return run(arrays)
     K, shards = sizes["K"], free.get("model", 1)
     copies = shards // K if may_repeat and shards % K == 0 else 1
-    cuts = set()
-    if sizes["B"] % free.get("data", 1) == 0:
-        cuts.add("data")
-    if sizes["N"] % shards == 0 and K * copies % shards == 0:
-        cuts.add("model")
-    cuts &= set(free)
+    axis_of: dict[str, Any] = {}
+    rows = tuple(name for name in ROWS if name in free)
+    if rows and sizes["B"] % math.prod(free[name] for name in rows) == 0:
+        axis_of["B"] = rows
+    if "model" in free and sizes["N"] % shards == 0 and K * copies % shards == 0:
+        axis_of |= {"N": "model", "K": "model"}
+    for letter in "TS":
+        if "sequence" in free and letter in sizes and sizes[letter] % free["sequence"] == 0:
+            axis_of[letter] = "sequence"
 
     def spec(names: str, shape: tuple[int, ...]) -> PartitionSpec:
-        axes = [_AXIS_OF.get(letter) for letter in names]
-        return PartitionSpec(
-            *(a if a in cuts and size != 1 else None for a, size in zip(axes, shape, strict=True))
-        )
+        axes = [
+            axis_of.get(letter) if n != 1 else None for letter, n in zip(names, shape, strict=True)
+        ]
+        if axes.count("sequence") > 1:  # queries and keys in one array: it is cut by queries
+            axes[names.index("S")] = None
+        return PartitionSpec(*axes)
 
     def named(path, x) -> str:
         keys = [str(getattr(key, "key", getattr(key, "name", ""))) for key in path]
@@ -66,7 +74,7 @@ def per_shard(
     def place(path, x):
         names = named(path, x)
         axis = names.find("K")
-        if "model" in cuts and copies > 1 and axis >= 0 and x.shape[axis] == K:
+        if "K" in axis_of and copies > 1 and axis >= 0 and x.shape[axis] == K:
             x = jnp.repeat(x, copies, axis=axis)
         return constrain(x, spec(names, x.shape))
 

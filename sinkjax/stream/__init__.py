@@ -7,7 +7,8 @@ state       where a stream stands; events: what it tells; stop: strings that end
 detect      which tokens of a prompt are sinks; pinned in its cache
 session     the state and the cache of a stream: saved, resumed, forked exactly; trim: undone
 generate    an iterator of events; steps: the programs it runs
-batch       many streams that share a step, and come and go between steps
+batch       many streams that share a step, and come and go between steps; rows: of their cache
+structure   a model as what programs are kept by, its arrays, and the mesh it lies on
 chat        a conversation, turn by turn
 score       loss along a text of any length
 evaluate    loss along a text for recomputation, window, and sinks with window

@@ -2,13 +2,12 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from sinkjax.cache import Cache, Description
 from sinkjax.cache.ring import LIMIT
@@ -16,10 +15,12 @@ from sinkjax.stream.detect import pinned
 from sinkjax.stream.events import Event, Events
 from sinkjax.stream.prefill import prefill
 from sinkjax.stream.prompt import Overlength, fit, learned_sink_ids, to_feed
+from sinkjax.stream.rows import row_functions
 from sinkjax.stream.sampler import Sampler
 from sinkjax.stream.session import Session
 from sinkjax.stream.state import Stream
 from sinkjax.stream.steps import functions, key_data
+from sinkjax.stream.structure import empty_cache, place, split
 from sinkjax.typing import StreamTokenizer
 
 
@@ -61,6 +62,11 @@ class Batch:
     queue, in a cache of one row: long prompts delay the others by no more than a chunk. A stream
     draws the tokens that `generate` draws with its seed, whoever its neighbours are.
 
+    If the model's parameters lie on a mesh, so does the cache (`sinkjax.sharding.cache_shardings`):
+    rows over `data` and `expert`, heads over `model`, and it never moves. A prompt is read by every
+    group of devices that could have its row, since one row does not divide; so is every row where
+    `rows` is no multiple of those groups.
+
     Args:
         model: a decoder such as `sinkjax.models.Decoder`.
         cache: what every row keeps.
@@ -90,13 +96,17 @@ class Batch:
             raise ValueError(f"rows: expected at least 1, got {rows}")
         if chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
-        self._cache: Cache = model.init_cache(cache, rows)
+        self._cache = empty_cache(model, cache, rows)
+        self._fresh = empty_cache(model, cache, 1)
         self._model, self._description = model, cache
         self._tokenizer, self._chunk_size = tokenizer, chunk_size
         self._bos = bos
         self._overlength: Overlength = overlength
-        graph, self._parameters = nnx.split(model)
-        self._draw, self._step = functions(graph, sampler or Sampler(), learned_sink_ids(model))
+        self._structure, self._arrays = split(model)
+        self._draw, self._step = functions(
+            self._structure, sampler or Sampler(), learned_sink_ids(model)
+        )
+        self._put, self._take = row_functions(self._structure)
         self._rows: list[_Request | None] = [None] * rows
         self._queue: collections.deque[_Request] = collections.deque()
         self._end = LIMIT if self._cache.limit is None else self._cache.limit
@@ -159,7 +169,7 @@ class Batch:
             session.check(self._model)
             fields = [field.name for field in dataclasses.fields(Stream)]
             stream = Stream(**{name: getattr(session, name) for name in fields})
-            cache = session.fork().cache
+            cache = place(self._structure, session.fork().cache)
         tokens = to_feed(
             self._model,
             prompt,
@@ -216,7 +226,7 @@ class Batch:
         request = self._find(id)
         if request.row is None:
             raise ValueError(f"id: stream {id} has no row yet")
-        return Session(_take(self._cache, request.row), **dataclasses.asdict(request.stream))
+        return Session(self._take(self._cache, request.row), **dataclasses.asdict(request.stream))
 
     def step(self) -> dict[int, Event]:
         """Draw one token in every row that has a stream, and read a chunk of the next prompt.
@@ -261,9 +271,7 @@ class Batch:
             row = request.row
             tokens[row], active[row], keys[row] = request.feed[0], True, request.keys
         self._cache.require_room(1, at=np.asarray([r.stream.position for r in live]))
-        drawn, logprob, self._cache = self._step(
-            self._parameters, self._cache, tokens, keys, active
-        )
+        drawn, logprob, self._cache = self._step(self._arrays, self._cache, tokens, keys, active)
         drawn, logprob = np.asarray(drawn), np.asarray(logprob)
         results = [self._drawn(r, r.feed, drawn[r.row], logprob[r.row], events) for r in live]
         return [said for said in results if said is not None]
@@ -275,8 +283,8 @@ class Batch:
         request, said = self._queue[0], None
         cache = request.cache
         if cache is None:
-            cache = self._model.init_cache(self._description, 1)
-            cache = pinned(self._model, cache, [request.feed])
+            cache = pinned(self._model, jax.tree.map(jnp.copy, self._fresh), [request.feed])
+            cache = place(self._structure, cache)
         if request.chunked:
             size = self._chunk_size
             part, request.feed = request.feed[:size], request.feed[size:]
@@ -290,7 +298,7 @@ class Batch:
         self._queue.popleft()
         if said is None and (request.hold or not request.finished):
             row = self._rows.index(None)
-            self._cache = _place(self._cache, cache, row)
+            self._cache = self._put(self._cache, cache, row)
             self._rows[row], request.row, request.cache = request, row, None
         return [] if said is None else [said]
 
@@ -319,19 +327,3 @@ class Batch:
             f"id: expected one of {[*self.active, *self.waiting]}, which have a row or wait for "
             f"one, got {id}"
         )
-
-
-@functools.partial(jax.jit, donate_argnames=("cache",))
-def _place(cache: Cache, one: Cache, row) -> Cache:
-    """The cache with this row, and the others as they were."""
-
-    def place(leaf, new):
-        return jax.lax.dynamic_update_index_in_dim(leaf, new[0], row, 0)
-
-    return jax.tree.map(place, cache, one)
-
-
-@jax.jit
-def _take(cache: Cache, row) -> Cache:
-    """A copy of this row."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1), cache)

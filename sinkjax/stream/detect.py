@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from sinkjax.cache import Cache
 from sinkjax.ops import sink_detection as formulas
-from sinkjax.ops.activations import swiglu
+from sinkjax.stream.structure import Structure, split
 
 Method = Literal["attention", "norm", "hidden", "channel"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -64,13 +64,16 @@ def detect_sinks(
         [B, P] int32, ascending in each row, then −1.
 
     Raises:
-        ValueError: an unknown method, or tokens or lengths that do not fit.
+        ValueError: an unknown method, tokens or lengths that do not fit, or "norm" with experts, of
+            which each has a down projection.
 
     Source: Su et al. 2025 (KVSink), arXiv 2508.04257; Chen et al. 2024 (PrefixQuant), arXiv
         2410.05265; Gu et al. 2024, arXiv 2410.10781.
     """
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if method == "norm" and getattr(getattr(model, "config", None), "num_experts", 0):
+        raise ValueError("method: expected another than 'norm' for a mixture of experts")
     if max_sink_tokens < 1:
         raise ValueError(f"max_sink_tokens: expected at least 1, got {max_sink_tokens}")
     ids = np.asarray(tokens)
@@ -162,24 +165,23 @@ class _Scorer:
     peaks: Any = None
 
     def __call__(self, rows, positions) -> np.ndarray:
-        graph, parameters = nnx.split(self.model)
-        arrays = parameters, rows, positions
+        structure, leaves = split(self.model)
+        arrays = leaves, rows, positions
         if self.method != "channel":
-            return np.asarray(_scores(graph, self.method)(*arrays))
-        peaks = _peaks(graph)(*arrays)
+            return np.asarray(_scores(structure, self.method)(*arrays))
+        peaks = _peaks(structure)(*arrays)
         self.peaks = peaks if self.peaks is None else jnp.maximum(self.peaks, peaks)
         channels = formulas.stable_channels(self.peaks)
         layer = int(formulas.emergence_layer(self.peaks, channels))
         if layer == self.peaks.shape[0]:
             return np.zeros(rows.shape, np.float32)
-        return np.asarray(_channel_scores(graph, layer)(*arrays, channels))
+        return np.asarray(_channel_scores(structure, layer)(*arrays, channels))
 
 
 @functools.lru_cache(maxsize=16)
-def _scores(graph: nnx.GraphDef, method: str) -> Callable:
-    @jax.jit
-    def run(parameters, tokens, positions):
-        model = nnx.merge(graph, parameters)
+def _scores(structure: Structure, method: str) -> Callable:
+    def run(arrays, tokens, positions):
+        model = structure.model(arrays)
         real, x = positions >= 0, model.embed(tokens)
         found: list[Any] = []
         for index in range(model.config.num_layers):
@@ -196,34 +198,32 @@ def _scores(graph: nnx.GraphDef, method: str) -> Callable:
         stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *found)
         return formulas.mass_scores(*stacked) if method == "attention" else stacked.max(0)
 
-    return run
+    return structure.jit(run)
 
 
 @functools.lru_cache(maxsize=16)
-def _peaks(graph: nnx.GraphDef) -> Callable:
-    @jax.jit
-    def run(parameters, tokens, positions):
-        model = nnx.merge(graph, parameters)
+def _peaks(structure: Structure) -> Callable:
+    def run(arrays, tokens, positions):
+        model = structure.model(arrays)
         x, found = model.embed(tokens), []
         for index in range(model.config.num_layers):
             x, _, _ = model.layer(index)(x, positions=positions)
             found.append(formulas.channel_peaks(x, positions >= 0))
         return jnp.stack(found)
 
-    return run
+    return structure.jit(run)
 
 
 @functools.lru_cache(maxsize=16)
-def _channel_scores(graph: nnx.GraphDef, layer: int) -> Callable:
-    @jax.jit
-    def run(parameters, tokens, positions, channels):
-        model = nnx.merge(graph, parameters)
+def _channel_scores(structure: Structure, layer: int) -> Callable:
+    def run(arrays, tokens, positions, channels):
+        model = structure.model(arrays)
         x = model.embed(tokens)
         for index in range(layer + 1):
             x, _, _ = model.layer(index)(x, positions=positions)
         return formulas.channel_scores(x, channels, positions >= 0)
 
-    return run
+    return structure.jit(run)
 
 
 def _with_down_input(block: Any, x: Any, positions: Any) -> tuple[Any, Any]:
@@ -236,4 +236,4 @@ def _with_down_input(block: Any, x: Any, positions: Any) -> tuple[Any, Any]:
     middle = nnx.to_pure_dict(found)["residual_attention"]
     middle = middle[0] if isinstance(middle, tuple) else middle
     inner = middle if block.config.norm_placement == "post" else block.mlp_norm(middle)
-    return end, swiglu(block.mlp.gate(inner), block.mlp.up(inner))
+    return end, block.mlp.inside(inner)

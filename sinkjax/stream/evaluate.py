@@ -6,18 +6,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from sinkjax.cache import PositionMode, SinkWindow
 from sinkjax.ops.losses import token_nll
+from sinkjax.stream.prefill import take_tokens
 from sinkjax.stream.prompt import learned_sink_ids
 from sinkjax.stream.score import score
 from sinkjax.stream.session import Session
+from sinkjax.stream.structure import Structure, split
 
 Policy = Literal["recompute", "window", "sink_window"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
@@ -163,8 +162,8 @@ def _cached(model, text, prefix, description, chunk_size, report):
 
 def _recompute(model, text, prefix, slots, every, batch_size, report):
     """Each prediction from a row of its own: the prefix and the last C − len(prefix) tokens."""
-    graph, parameters = nnx.split(model)
-    run = _last_token(graph)
+    structure, arrays = split(model)
+    run = _last_token(structure)
     positions = np.arange(0 if len(prefix) else 1, text.size, every)
     room = slots - len(prefix)
     nll = np.empty(positions.size, np.float32)
@@ -177,7 +176,7 @@ def _recompute(model, text, prefix, slots, every, batch_size, report):
             length = len(prefix) + len(history)
             rows[row, :length] = np.concatenate([prefix, history])
             last[row], targets[row] = length - 1, text[position]
-        losses = run(parameters, rows, last, targets)
+        losses = run(arrays, rows, last, targets)
         nll[start : start + part.size] = np.asarray(losses)[: part.size]
         if report is not None:
             report(start + part.size, positions.size)
@@ -185,12 +184,11 @@ def _recompute(model, text, prefix, slots, every, batch_size, report):
 
 
 @functools.lru_cache(maxsize=16)
-def _last_token(graph: nnx.GraphDef) -> Callable:
-    @jax.jit
-    def run(parameters, rows, last, targets):
-        model = nnx.merge(graph, parameters)
+def _last_token(structure: Structure) -> Callable:
+    def run(arrays, rows, last, targets):
+        model = structure.model(arrays)
         # Causal, so what stands behind the last token does not matter.
-        hidden = jnp.take_along_axis(model(rows).hidden, last[:, None, None], axis=1)
+        hidden = take_tokens(model(rows).hidden, last[:, None, None])
         return token_nll(model.head(hidden)[:, 0], targets)
 
-    return run
+    return structure.jit(run)

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from sinkjax.cache import Description
 from sinkjax.stream.detect import pinned
@@ -14,6 +13,7 @@ from sinkjax.stream.prompt import Overlength, fit, learned_sink_ids, to_feed
 from sinkjax.stream.sampler import Sampler
 from sinkjax.stream.session import Session
 from sinkjax.stream.steps import functions, key_data
+from sinkjax.stream.structure import place, split
 from sinkjax.typing import StreamTokenizer
 
 
@@ -92,17 +92,18 @@ def generate(
 
 
 def _generate(model, session, tokens, dropped, sampler, events, chunk_size) -> Iterator[Event]:
-    graph, parameters = nnx.split(model)
-    draw, step = functions(graph, sampler, learned_sink_ids(model))
+    structure, arrays = split(model)
+    draw, step = functions(structure, sampler, learned_sink_ids(model))
     keys = key_data(session.seed)[None]
     if session.position == 0:
         session.cache = pinned(model, session.cache, [tokens])
+    session.cache = place(structure, session.cache)
     while True:
         session.cache.require_room(len(tokens), at=session.position)
         if len(tokens) == 1:
             # Also the first token after a pause, so that it comes from the same program as without.
             drawn, logprob, session.cache = step(
-                parameters, session.cache, np.asarray([tokens], np.int32), keys
+                arrays, session.cache, np.asarray([tokens], np.int32), keys
             )
         else:
             logits, session.cache = prefill(

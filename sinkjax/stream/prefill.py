@@ -4,14 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from sinkjax.cache import Cache
+from sinkjax.cache import Cache, keep_layout
+from sinkjax.stream.structure import Structure, by_rows, for_rows, place, split, whole_logits
 
 
 def prefill(
@@ -28,7 +27,8 @@ def prefill(
     The last chunk is padded, so every prompt length runs the same compiled program.
 
     Args:
-        model: called as `model(tokens, positions=…, cache=…)`.
+        model: called as `model(tokens, positions=…, cache=…)`. If its parameters lie on a mesh, the
+            cache is laid out on it by `cache_shardings`, and so is what comes back.
         cache: with B rows, of any age each. It is donated: use the one that comes back.
         tokens: [B, T] ids.
         lengths: [B], how many tokens of each row count; None is all.
@@ -52,15 +52,15 @@ def prefill(
     if chunk_size < 1:
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     cache.require_room(counts)
-    graph, parameters = nnx.split(model)
-    run = _chunk(graph)
+    structure, arrays = split(model)
+    run, cache = _chunk(structure), place(structure, cache)
     logits = None
     for start in range(0, int(counts.max()), chunk_size):
         part = np.zeros((rows, chunk_size), np.int32)
         have = ids[:, start : start + chunk_size]
         part[:, : have.shape[1]] = have
         valid = np.clip(counts - start, 0, chunk_size).astype(np.int32)
-        last, cache = run(parameters, cache, part, valid)
+        last, cache = run(arrays, cache, part, valid)
         some = valid[:, None] > 0
         logits = last if logits is None else jnp.where(some, last, logits)
     if logits is None:
@@ -69,18 +69,22 @@ def prefill(
 
 
 @functools.lru_cache(maxsize=16)
-def _chunk(graph: nnx.GraphDef) -> Callable:
+def _chunk(structure: Structure) -> Callable:
     """The jitted step of a model; kept per model structure so that a chat compiles once."""
 
-    @functools.partial(jax.jit, donate_argnames=("cache",))
-    def run(parameters, cache, tokens, valid):
-        model = nnx.merge(graph, parameters)
-        length = tokens.shape[1]
+    def run(arrays, cache, tokens, valid):
+        model, length = structure.model(arrays), tokens.shape[1]
+        tokens, valid = by_rows(tokens), by_rows(valid)
         positions = jnp.where(jnp.arange(length) < valid[:, None], cache.next_positions(length), -1)
         output = model(tokens, positions=positions, cache=cache)
         last = jnp.maximum(valid - 1, 0)[:, None, None]
         # The logits of all other tokens are never computed: jit drops them.
-        hidden = jnp.take_along_axis(output.hidden, last, axis=1)
-        return model.head(hidden)[:, 0], output.cache
+        hidden = take_tokens(output.hidden, last)
+        return whole_logits(model.head(hidden)[:, 0]), keep_layout(output.cache)
 
-    return run
+    return structure.jit(run, donate_argnames=("cache",))
+
+
+def take_tokens(hidden: Float[Array, "B T D"], index: Int[Array, "B n 1"]) -> Float[Array, "B n D"]:
+    """Some tokens of each row, on any mesh."""
+    return for_rows(lambda x, at: jnp.take_along_axis(x, at, axis=1), hidden, index)

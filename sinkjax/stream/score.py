@@ -4,19 +4,18 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from sinkjax.cache import Description
+from sinkjax.cache import Description, keep_layout
 from sinkjax.ops.losses import token_nll
 from sinkjax.stream.detect import pinned
 from sinkjax.stream.events import Statistics
 from sinkjax.stream.prompt import learned_sink_ids
 from sinkjax.stream.session import Session
+from sinkjax.stream.structure import Structure, place, split
 
 
 class Scores(NamedTuple):
@@ -77,10 +76,11 @@ def score(
 
 
 def _score(model, session, first, text, chunk_size) -> Iterator[Scores]:
-    graph, parameters = nnx.split(model)
-    run = _teacher_forced(graph)
+    structure, arrays = split(model)
+    run = _teacher_forced(structure)
     slots, nbytes = session.cache.capacity, session.cache.nbytes
     unscored = max(len(first) - 1, 0)
+    session.cache = place(structure, session.cache)
 
     def step(window: np.ndarray) -> Scores:
         """Read all but the last of these, which stays pending."""
@@ -88,11 +88,12 @@ def _score(model, session, first, text, chunk_size) -> Iterator[Scores]:
         count = len(window) - 1
         session.cache.require_room(count, at=session.position)
         if session.position == 0:
-            session.cache = pinned(model, session.cache, [window[:-1].tolist()])
+            cache = pinned(model, session.cache, [window[:-1].tolist()])
+            session.cache = place(structure, cache)
         inputs, targets = np.zeros((2, 1, chunk_size), np.int32)
         inputs[0, :count], targets[0, :count] = window[:-1], window[1:]
         losses, session.cache = run(
-            parameters, session.cache, inputs, targets, np.asarray(count, np.int32)
+            arrays, session.cache, inputs, targets, np.asarray(count, np.int32)
         )
         session.read([int(token) for token in window[:-1]])
         session.drew(int(window[-1]))
@@ -118,12 +119,11 @@ def _score(model, session, first, text, chunk_size) -> Iterator[Scores]:
 
 
 @functools.lru_cache(maxsize=16)
-def _teacher_forced(graph: nnx.GraphDef) -> Callable:
-    @functools.partial(jax.jit, donate_argnames=("cache",))
-    def run(parameters, cache, inputs, targets, count):
+def _teacher_forced(structure: Structure) -> Callable:
+    def run(arrays, cache, inputs, targets, count):
         length = inputs.shape[1]
         positions = jnp.where(jnp.arange(length) < count, cache.next_positions(length), -1)
-        output = nnx.merge(graph, parameters)(inputs, positions=positions, cache=cache)
-        return token_nll(output.logits, targets), output.cache
+        output = structure.model(arrays)(inputs, positions=positions, cache=cache)
+        return token_nll(output.logits, targets), keep_layout(output.cache)
 
-    return run
+    return structure.jit(run, donate_argnames=("cache",))

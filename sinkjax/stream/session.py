@@ -15,6 +15,7 @@ from sinkjax.cache import Cache, Description, LayerSpec, create
 from sinkjax.files import open_whole
 from sinkjax.stream.described import from_plain, plain
 from sinkjax.stream.state import Stream
+from sinkjax.stream.structure import empty_cache
 from sinkjax.stream.trim import trim
 
 FORMAT = 2
@@ -34,7 +35,7 @@ class Session(Stream):
     @classmethod
     def start(cls, model: Any, description: Description, *, seed: int = 0) -> "Session":
         """A new stream through `model` that keeps what `description` says."""
-        return cls(model.init_cache(description, 1), seed=seed)
+        return cls(empty_cache(model, description, 1), seed=seed)
 
     def fork(self) -> "Session":
         """An independent copy: both continue from here."""

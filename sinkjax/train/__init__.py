@@ -4,6 +4,10 @@
 from sinkjax.train.loop import Run as Run
 from sinkjax.train.loop import fit as fit
 
+# Several processes
+from sinkjax.train.distributed import DistributedConfig as DistributedConfig
+from sinkjax.train.distributed import joined as joined
+
 # Config
 from sinkjax.train.config import DataConfig as DataConfig
 from sinkjax.train.config import MeshConfig as MeshConfig

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.presets import preset
+from sinkjax.ops.penalties import ROUTER_PENALTIES
 
 # Parameters that weight decay leaves alone: few, one-sided and not matrices that mix features. They
 # are everything of a norm but the matrices of a low-rank gate; biases; and of attention sink logits,
@@ -25,19 +26,26 @@ def _check(fine: bool, name: str, expected: str, got: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How the devices are laid out.
+    """How the devices are laid out, see `sinkjax.sharding.make_mesh`.
 
     Args:
-      data: devices along which the batch is cut; -1 takes all that `model` leaves.
-      model: devices along which the parameters are cut.
+      data: devices along which the batch is cut; -1 takes all that the others leave.
+      model: devices along which the parts of a layer are cut.
+      expert: devices along which experts are cut, and the batch too.
+      sequence: devices along which the tokens of a row are cut.
+      explicit: layouts are part of the types and nothing moves unasked; else the compiler decides.
     """
 
     data: int = -1
     model: int = 1
+    expert: int = 1
+    sequence: int = 1
+    explicit: bool = False
 
     def __post_init__(self) -> None:
         _check(self.data == -1 or self.data >= 1, "mesh.data", "-1 or at least 1", self.data)
-        _check(self.model >= 1, "mesh.model", "at least 1", self.model)
+        for field in ("model", "expert", "sequence"):
+            _check(getattr(self, field) >= 1, f"mesh.{field}", "at least 1", getattr(self, field))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +122,9 @@ class OptimizerConfig:
         to BOS in layer 0 after 2,000 steps .18 and .26 for seeds 0 and 1, against .06 and .23).
       clip_norm: largest global gradient norm; None does not clip.
       accumulation_steps: microbatches one step is cut into.
+      loss_chunks: parts in which each device goes through the logits of its tokens, so that they are
+        never there whole (`sinkjax.ops.head_cross_entropy`); 1 is all at once, None as few as keep a
+        part under 1 GiB of float32.
       z_loss: weight of the squared log-partition.
       muon_beta: decay of Muon's momentum.
       muon_consistent_rms: update RMS that Muon is scaled to, 0.2 being AdamW's (arXiv 2502.16982),
@@ -137,6 +148,7 @@ class OptimizerConfig:
     no_decay: tuple[str, ...] = NO_DECAY
     clip_norm: float | None = 1.0
     accumulation_steps: int = 1
+    loss_chunks: int | None = None
     z_loss: float = 0.0
     muon_beta: float = 0.95
     muon_consistent_rms: float | None = 0.2
@@ -162,9 +174,9 @@ class OptimizerConfig:
         for field in ("beta1", "beta2", "muon_beta"):
             value = getattr(self, field)
             _check(0 <= value < 1, f"optimizer.{field}", "0 <= value < 1", value)
-        for field in ("accumulation_steps", "rotation_block_size"):
+        for field in ("accumulation_steps", "rotation_block_size", "loss_chunks"):
             value = getattr(self, field)
-            _check(value >= 1, f"optimizer.{field}", "at least 1", value)
+            _check(value is None or value >= 1, f"optimizer.{field}", "at least 1", value)
         fraction = self.decay_fraction
         _check(0 <= fraction <= 1, "optimizer.decay_fraction", "0 to 1", fraction)
         _check(self.rotation_seed >= 0, "optimizer.rotation_seed", "at least 0", self.rotation_seed)
@@ -182,11 +194,15 @@ class PenaltyConfig:
       tweo: of the fourth power of all blocks' outputs over 3; 0.01 is published.
       decorrelation: of the squared cosine with the first token of the text; 1e4 is published, for
         fine-tuning.
+      load_balancing: of the uneven use of experts (`sinkjax.ops.moe`); 0.01 is published.
+      router_z_loss: of the squared log-sum-exp of the router's logits; 0.001 is published.
     """
 
     hidden_z_loss: float = 0.0
     tweo: float = 0.0
     decorrelation: float = 0.0
+    load_balancing: float = 0.0
+    router_z_loss: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -247,6 +263,10 @@ class RunConfig:
         weight, layers = self.penalties.decorrelation, self.model.num_layers
         fine = weight == 0 or layers >= 2
         _check(fine, "penalties.decorrelation", f"0 with model.num_layers={layers}", weight)
+        for name in ROUTER_PENALTIES:
+            weight = getattr(self.penalties, name)
+            fine = weight == 0 or self.model.num_experts > 0
+            _check(fine, f"penalties.{name}", "0 with model.num_experts=0", weight)
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -9,12 +9,15 @@ one before, and every token but the first of the document is a target exactly on
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from sinkjax.sharding import batch_sharding, row_sharding
 from sinkjax.train.config import DataConfig
 from sinkjax.train.corpus import Documents, read_documents
 from sinkjax.train.tasks import VOCAB_SIZE, Backcopy
@@ -138,7 +141,7 @@ class Batches:
       rows: where rows come from.
       order: global row number → index into `rows`; None is the identity.
       batch_size: B over all processes.
-      process_index, process_count: which contiguous part of the B rows is built here.
+      local: which of the B rows are built here.
     """
 
     def __init__(
@@ -146,39 +149,26 @@ class Batches:
         rows: Rows,
         order: grain.MapDataset | None,
         batch_size: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        local: Sequence[int],
     ):
-        if batch_size % process_count:
-            raise ValueError(
-                f"data.batch_size: expected a multiple of the {process_count} processes, "
-                f"got {batch_size}"
-            )
         self._rows, self._order, self._batch_size = rows, order, batch_size
-        self._local = batch_size // process_count
-        self._begin = process_index * self._local
+        self._local = np.asarray(local, np.int64)
 
     def __len__(self) -> int:
         return _ENDLESS
 
     def __getitem__(self, index: int) -> Batch:
-        first = int(index) * self._batch_size + self._begin
-        numbers = range(first, first + self._local)
+        numbers = int(index) * self._batch_size + self._local
         if self._order is not None:
-            return self._rows.rows(np.asarray([self._order[i] for i in numbers]))
-        return self._rows.rows(np.asarray(numbers))
+            numbers = np.asarray([self._order[int(i)] for i in numbers])
+        return self._rows.rows(numbers)
 
     def __repr__(self) -> str:
         return f"Batches({type(self._rows).__name__}, batch_size={self._batch_size})"
 
 
 def batches(
-    rows: Rows,
-    batch_size: int,
-    seed: int,
-    *,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    rows: Rows, batch_size: int, seed: int, local: Sequence[int] | None = None
 ) -> BatchDataset:
     """Endless dataset of batches; element n is the same whatever came before it.
 
@@ -186,21 +176,66 @@ def batches(
       rows: `PackedRows`, shuffled anew in every epoch, or an endless source.
       batch_size: B over all processes.
       seed: of the shuffle.
-      process_index, process_count: this process; None asks jax.
+      local: which of the B rows to build, from 0, for a process that holds only these
+        (`local_rows`); None builds all.
 
     Returns:
-      `grain.MapDataset` of this process's rows of each batch. Several processes put their rows
-      one after the other and get the batch that one process would make.
+      `grain.MapDataset` of those rows of each batch.
 
     Raises:
-      ValueError: the batch does not divide over the processes.
+      ValueError: a row is not in the batch.
     """
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
+    local = range(batch_size) if local is None else local
+    if len(local) and not (0 <= min(local) and max(local) < batch_size):
+        raise ValueError(
+            f"local: expected rows from 0 to {batch_size - 1}, got {min(local)} to {max(local)}"
+        )
     order = None
     if isinstance(rows, PackedRows):
         order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
-    return grain.MapDataset.source(Batches(rows, order, batch_size, index, count))
+    return grain.MapDataset.source(Batches(rows, order, batch_size, local))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> tuple[int, ...]:
+    """Rows of a batch that devices of this process hold, ascending; some may be on others too.
+
+    Raises:
+      ValueError: the mesh has no device of this process.
+    """
+    held = row_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    if not held:
+        raise ValueError(
+            "mesh: expected devices of every process, "
+            f"got none of process {jax.process_index()} in {dict(mesh.shape)}"
+        )
+    rows = [range(batch_size)[index[0]] for index in held.values() if index is not None]
+    return tuple(sorted({number for part in rows for number in part}))
+
+
+def place(batch: Batch, rows: Sequence[int], batch_size: int, mesh: Mesh) -> dict[str, jax.Array]:
+    """The global batch on the devices of a mesh; every process brings the rows its devices hold.
+
+    Args:
+      batch: the rows `rows`, each array [len(rows), T].
+      rows: as of `local_rows`.
+      batch_size: B.
+      mesh: where to.
+
+    Returns:
+      Arrays [B, T] laid out as `batch_sharding` says.
+    """
+    sharding = batch_sharding(mesh)
+    at = {number: position for position, number in enumerate(rows)}
+
+    def put(array: np.ndarray) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
+            mine = [at[number] for number in range(batch_size)[index[0]]]
+            return array[mine][:, *index[1:]]
+
+        shape = (batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return {name: put(array) for name, array in batch.items()}
 
 
 def iterate(dataset: BatchDataset) -> grain.DatasetIterator:
@@ -210,7 +245,11 @@ def iterate(dataset: BatchDataset) -> grain.DatasetIterator:
 
 
 def load_data(
-    config: DataConfig, context_length: int, vocab_size: int, num_learned_sink_tokens: int = 0
+    config: DataConfig,
+    context_length: int,
+    vocab_size: int,
+    num_learned_sink_tokens: int = 0,
+    local: Sequence[int] | None = None,
 ) -> tuple[BatchDataset, BatchDataset]:
     """Training and validation batches of a run.
 
@@ -219,6 +258,7 @@ def load_data(
       context_length: T, tokens of a row.
       vocab_size: of the model; must hold the tokenizer's ids and the learned sink tokens.
       num_learned_sink_tokens: the last ids of the model's vocabulary.
+      local: which rows of each batch to build, see `batches`.
 
     Returns:
       Training dataset, validation dataset; see `batches`.
@@ -251,8 +291,8 @@ def load_data(
             )
         )
     return (
-        batches(train, config.batch_size, config.seed),
-        batches(validation, config.batch_size, config.seed),
+        batches(train, config.batch_size, config.seed, local),
+        batches(validation, config.batch_size, config.seed, local),
     )
 
 

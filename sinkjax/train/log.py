@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from sinkjax.files import write_whole
+from sinkjax.models.config import DecoderConfig
+from sinkjax.models.flops import utilization
 from sinkjax.strict_json import plain
 
 
@@ -56,6 +59,28 @@ class MetricsLog:
         except OSError as error:
             os.truncate(self._path, size)
             raise OSError(error.errno, error.strerror, str(self._path)) from error
+
+
+def speed(config: DecoderConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """What a training record says about speed.
+
+    Args:
+      config: of the model.
+      mesh: on which it is trained.
+      tokens_per_second: of all devices together, evaluation and saving left out.
+
+    Returns:
+      `tokens_per_second`; `tokens_per_second_per_device`; and `mfu`, the share of the devices'
+      peak FLOP/s that the model's own operations take (`sinkjax.models.flops.utilization`), which
+      is left out where the peak is not known, as on a CPU.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    found = {
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_device": tokens_per_second / mesh.size,
+        "mfu": utilization(config, tokens_per_second, kind, mesh.size),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 class Progress:

@@ -4,28 +4,28 @@ import dataclasses
 import errno
 import logging
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from sinkjax.files import write_whole
 from sinkjax.models.decoder import Decoder
 from sinkjax.models.parameters import from_parameters
-from sinkjax.sharding import batch_sharding, make_mesh
+from sinkjax.sharding import ROWS, make_mesh
 from sinkjax.strict_json import from_json, to_json
 from sinkjax.train.checkpoint import Checkpoints
 from sinkjax.train.config import RunConfig, differences
-from sinkjax.train.data import Batch, iterate, load_data
-from sinkjax.train.log import MetricsLog, Progress, read_metrics
+from sinkjax.train.data import iterate, load_data, local_rows, place
+from sinkjax.train.log import MetricsLog, Progress, read_metrics, speed
 from sinkjax.train.step import abstract_state, init_state, make_eval_step, make_train_step
+from sinkjax.train.stopping import Stopping
 
 logger = logging.getLogger("sinkjax.train")
 
@@ -43,7 +43,8 @@ class Run:
       metrics: the records of `metrics.jsonl`, from the first step on.
       path: the run folder.
       step: steps done.
-      interrupted: Ctrl-C ended the run early; it is saved, and the same call goes on.
+      interrupted: Ctrl-C or SIGTERM ended the run early; it is saved, and the same call goes on.
+      preempted: it was SIGTERM, or came from another process.
     """
 
     model: Decoder
@@ -52,6 +53,7 @@ class Run:
     path: Path
     step: int
     interrupted: bool
+    preempted: bool = False
 
 
 def fit(
@@ -60,12 +62,18 @@ def fit(
     """Train a model, or go on with a run that was interrupted, killed or finished.
 
     The run folder gets `config.json`, `metrics.jsonl` (records of two kinds: `split` "train" with
-    loss, and "validation" with loss and sink statistics, see `make_eval_step`) and
-    `checkpoints/<step>`. If it holds a run of the same config, that run goes on from its newest
-    checkpoint and gives, on the same kind of device, bit for bit what it would have given unbroken.
+    loss and speed, see `speed`, and "validation" with loss and sink statistics, see
+    `make_eval_step`) and `checkpoints/<step>`. If it holds a run of the same config, that run goes
+    on from its newest checkpoint that is whole and gives, on the same devices, bit for bit what it
+    would have given unbroken.
 
     The first Ctrl-C saves and returns a `Run` whose `interrupted` is True; a second one raises
-    `KeyboardInterrupt` at once.
+    `KeyboardInterrupt` at once. SIGTERM, by which clusters announce that they take a machine away,
+    does the same, and sets `preempted` too.
+
+    Several processes (`sinkjax.train.joined`, or `jax.distributed.initialize`) call it alike, with
+    a folder that all of them see. Each builds the rows that its devices hold and writes its part of
+    a checkpoint; process 0 writes the rest. A signal to one of them stops all after the same step.
 
     Args:
       config: everything that decides the result.
@@ -77,17 +85,18 @@ def fit(
       The trained model and what was measured.
 
     Raises:
-      ValueError: bad data, a batch that does not divide over the mesh, or a folder that holds
-        a run of another config; names the field.
+      ValueError: bad data, a batch that does not divide over the mesh, a mesh without devices of
+        this process, or a folder that holds a run of another config; names the field.
       FloatingPointError: the loss stopped being a number.
       OSError: the folder cannot be written; names the path.
     """
     # --- Devices and data, before anything is written ---------------------------------------
-    mesh = make_mesh(config.mesh.data, config.mesh.model)
+    mesh = make_mesh(**dataclasses.asdict(config.mesh))
     _check_batch(config, mesh)
-    shape = config.model
+    shape, B = config.model, config.data.batch_size
+    rows = local_rows(mesh, B)
     data, validation = load_data(
-        config.data, shape.context_length, shape.vocab_size, shape.num_learned_sink_tokens
+        config.data, shape.context_length, shape.vocab_size, shape.num_learned_sink_tokens, rows
     )
     held_out = [validation[i] for i in range(config.eval_batches)]
     batches = iterate(data)
@@ -95,46 +104,42 @@ def fit(
     # --- Run folder --------------------------------------------------------------------------
     folder = Path(config.path)
     _open_folder(folder, config)
+    _check_shared(folder)
 
+    stopping = Stopping(stop)
     with (
         Checkpoints(folder / "checkpoints", config.keep_checkpoints) as checkpoints,
         jax.set_mesh(mesh),
+        stopping.on_sigterm(),
     ):
         # --- State, new or restored ----------------------------------------------------------
-        newest = checkpoints.latest
-        if newest is None:
-            state = init_state(config, mesh)
-        else:
-            state = checkpoints.restore(newest, abstract_state(config, mesh), batches, shape)
-        start = step = newest or 0
-        log = MetricsLog(folder / "metrics.jsonl", -1 if newest is None else start)
+        found = checkpoints.restore_newest(abstract_state(config, mesh), batches, shape)
+        state, start = (init_state(config, mesh), 0) if found is None else found
+        step, saved = start, None if found is None else start
+        log = MetricsLog(folder / "metrics.jsonl", -1 if found is None else start)
         train_step, eval_step = make_train_step(config, mesh), make_eval_step(config, mesh)
 
         def evaluate(step: int, params: Any) -> None:
-            found = [eval_step(params, _place(batch, mesh)) for batch in held_out]
+            found = [eval_step(params, place(batch, rows, B, mesh)) for batch in held_out]
             mean = jax.tree.map(lambda *values: np.mean(jax.device_get(values), axis=0), *found)
             log.write({"step": step, "split": "validation"} | mean)
 
         # --- Loop ----------------------------------------------------------------------------
-        if newest is None:
+        if found is None:
             evaluate(0, state.params)
-        with (
-            Progress(config.steps, start, progress) as bar,
-            _interrupts(stop or threading.Event()) as interrupted,
-        ):
+        with Progress(config.steps, start, progress) as bar, stopping.on_interrupt():
             since, last = time.perf_counter(), start
-            while step < config.steps and not interrupted.is_set():
-                state, metrics = train_step(state, _place(next(batches), mesh))
+            while step < config.steps and not stopping.after(step):
+                state, metrics = train_step(state, place(next(batches), rows, B, mesh))
                 step += 1
                 if step % config.log_every == 0 or step == config.steps:
                     metrics = {name: float(value) for name, value in metrics.items()}
                     now = time.perf_counter()
-                    tokens = (step - last) * config.data.batch_size * shape.context_length
-                    speed = tokens / (now - since)
+                    tokens = (step - last) * B * shape.context_length
+                    fast = speed(shape, mesh, tokens / (now - since))
                     since, last = now, step
-                    record = {"step": step, "split": "train", **metrics}
-                    log.write(record | {"tokens_per_second": speed})
-                    bar.update(step, metrics["loss"], speed)
+                    log.write({"step": step, "split": "train", **metrics, **fast})
+                    bar.update(step, metrics["loss"], fast["tokens_per_second"])
                     if not math.isfinite(metrics["loss"]):
                         raise FloatingPointError(
                             f"step {step}: loss is {metrics['loss']}; "
@@ -149,31 +154,41 @@ def fit(
                         evaluate(step, state.params)
                     if saving:
                         checkpoints.save(state, batches)
+                        saved = step
                     since += time.perf_counter() - pause  # the speed is that of training alone
-            early = interrupted.is_set() and step < config.steps
 
         # --- End -----------------------------------------------------------------------------
         checkpoints.wait()
-        if early and checkpoints.latest != step:
+        early = step < config.steps
+        if early and saved != step:
             checkpoints.save(state, batches)
             checkpoints.wait()
-        if early:
+        if early and jax.process_index() == 0:
             logger.warning(
-                "interrupted at step %d of %d and saved in %s; the same call or command goes on",
+                "%s at step %d of %d and saved in %s; the same call or command goes on",
+                "interrupted" if stopping.interrupted else "stopped by SIGTERM",
                 step,
                 config.steps,
                 folder,
             )
         model = from_parameters(shape, state.params)
-    return Run(model, config, log.records, folder, step, early)
+    preempted = early and not stopping.interrupted
+    return Run(model, config, log.records, folder, step, early, preempted)
 
 
 def _check_batch(config: RunConfig, mesh: Mesh) -> None:
     rows = config.data.batch_size // config.optimizer.accumulation_steps
-    if rows % mesh.shape["data"]:
+    parts = math.prod(mesh.shape.get(name, 1) for name in ROWS)
+    if rows % parts:
         raise ValueError(
-            f"data.batch_size: expected microbatches of a multiple of {mesh.shape['data']} rows, "
-            f"one part per device along mesh.data, got {rows}"
+            f"data.batch_size: expected microbatches of a multiple of {parts} rows, "
+            f"one part per device along mesh.data and mesh.expert, got {rows}"
+        )
+    length, parts = config.model.context_length, mesh.shape.get("sequence", 1)
+    if length % parts:
+        raise ValueError(
+            f"model.context_length: expected a multiple of {parts} tokens, one part per device "
+            f"along mesh.sequence, got {length}"
         )
 
 
@@ -197,29 +212,24 @@ def _open_folder(folder: Path, config: RunConfig) -> None:
         write_whole(file, to_json(config))
 
 
-def _place(batch: Batch, mesh: Mesh) -> Any:
-    """The global batch on the devices; every process brings its own rows."""
-    sharding = batch_sharding(mesh)
+def _check_shared(folder: Path) -> None:
+    """Refuse a folder of which every process has its own: checkpoints would lie about in parts."""
     if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
-    }
-
-
-@contextmanager
-def _interrupts(event: threading.Event) -> Iterator[threading.Event]:
-    """Let Ctrl-C set the event; a second Ctrl-C raises as usual."""
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # signal handlers can be set in the main thread only
         return
+    mark = np.zeros((), np.uint32)
+    file = folder / "config.json"
+    if jax.process_index() == 0:
+        mark = np.uint32(zlib.crc32(file.read_bytes()))
+    mark = multihost_utils.broadcast_one_to_all(mark)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not (file.exists() and zlib.crc32(file.read_bytes()) == int(mark)):
+        if time.monotonic() > end:
+            raise ValueError(
+                f"path: expected a folder that all processes share, got {folder}, in which process "
+                f"{jax.process_index()} does not see what process 0 wrote"
+            )
+        time.sleep(0.5)
 
-    def handle(signum: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
 
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
+# Seconds; network file systems remember for some time that a file was not there.
+_SEEN_WITHIN = 60

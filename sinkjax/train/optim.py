@@ -24,6 +24,8 @@ MUON_RULES: tuple[tuple[str, int, MuonDimensionNumbers], ...] = (
     (r"attention/(query|key|value)/kernel$", 3, MuonDimensionNumbers(-3, (-2, -1))),
     (r"attention/out/kernel$", 3, MuonDimensionNumbers((-3, -2), -1)),
     (r"mlp/(gate|up|down)/kernel$", 2, MuonDimensionNumbers(-2, -1)),
+    # Every expert is a matrix of its own; the router scores and stays with AdamW.
+    (r"mlp/experts/(gate|up|down)/kernel$", 3, MuonDimensionNumbers(-2, -1)),
     (r"^(embedding|head)_projection/kernel$", 2, MuonDimensionNumbers(-2, -1)),
 )
 # With `muon_embeddings` also the tables, as maps from a one-hot token and onto the logits.

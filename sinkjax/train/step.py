@@ -1,6 +1,7 @@
 """The training step and the evaluation step: pure functions of arrays, jitted once."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,19 +9,33 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.decoder import Decoder
 from sinkjax.models.parameters import from_parameters, parameters
 from sinkjax.ops import statistics as formulas
+from sinkjax.ops.head_loss import head_cross_entropy
 from sinkjax.ops.losses import cross_entropy
 from sinkjax.ops.outliers import psi
 from sinkjax.ops.penalties import counted, segments
-from sinkjax.sharding import DECODER_RULES, batch_sharding, shardings
+from sinkjax.ops.precision import at_least_float32
+from sinkjax.sharding import (
+    DECODER_RULES,
+    ROWS,
+    batch_sharding,
+    constrain,
+    laid_out_by_compiler,
+    shardings,
+)
 from sinkjax.train.config import RunConfig
 from sinkjax.train.optim import make_optimizer, schedule
+from sinkjax.train.overlap import compiler_options
+
+# 1 GiB of float32: a sixteenth of the smallest TPU, and thousands of tokens to a chunk at a vocabulary
+# of 128,256, so that reading the head and adding to its gradient hide behind the products.
+LARGEST_LOGITS = 1 << 28
 
 
 @jax.tree_util.register_dataclass
@@ -68,6 +83,22 @@ def _initial(config: RunConfig) -> TrainState:
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), key)
 
 
+def loss_chunks(config: RunConfig, mesh: Mesh | AbstractMesh, rows: int) -> int:
+    """In how many parts a device goes through the logits of its tokens, see `OptimizerConfig`.
+
+    Args:
+      config: of the run.
+      mesh: over which rows, their tokens and the vocabulary are cut.
+      rows: of the batch, or of a microbatch.
+    """
+    if config.optimizer.loss_chunks is not None:
+        return config.optimizer.loss_chunks
+    cuts = math.prod(mesh.shape.get(name, 1) for name in (*ROWS, "sequence"))
+    tokens = math.ceil(rows * config.model.context_length / cuts)
+    columns = math.ceil(config.model.vocab_size / mesh.shape.get("model", 1))
+    return math.ceil(tokens * columns / LARGEST_LOGITS)
+
+
 def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any], Any]:
     r"""Jitted `step(state, batch) -> (state, metrics)`; the state it is given is donated.
 
@@ -90,11 +121,13 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
     parts = config.optimizer.accumulation_steps
     optimizer = make_optimizer(config.optimizer, config.steps)
     rate = schedule(config.optimizer, config.steps)
+    chunks = loss_chunks(config, mesh, config.data.batch_size // parts)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
 
     def loss(params: Any, batch: Any, totals: Any) -> tuple[Array, dict[str, Array]]:
         output = _apply(config.model, params, batch, penalties=tuple(weights))
-        mean, parts_of_loss = cross_entropy(
-            output.logits, batch["targets"], batch["loss_mask"], config.optimizer.z_loss
+        mean, parts_of_loss = _cross_entropy(
+            config.model, params, output, batch, config.optimizer.z_loss, chunks
         )
         share = parts_of_loss["tokens"] / totals["loss_mask"]
         found = {"nll": parts_of_loss["nll"] * share}
@@ -110,12 +143,17 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
     def gradients(params: Any, batch: Any) -> tuple[tuple[Array, Any], Any]:
         counts = {name: _tokens(name, batch) for name in ("loss_mask", *weights)}
         totals = {name: jnp.maximum(count, 1) for name, count in counts.items()}
-        value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+        def value_and_grad(part: Any) -> tuple[tuple[Array, Any], Any]:
+            found, grads = jax.value_and_grad(loss, has_aux=True)(params, part, totals)
+            # As the parameters lie: or the compiler may add up whole gradients on every device.
+            return found, jax.tree.map(lambda g, s: constrain(g, s.spec), grads, placed.params)
+
         if parts == 1:
-            return value_and_grad(params, batch, totals)
+            return value_and_grad(batch)
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, value_and_grad(params, part, totals)), None
+            return jax.tree.map(jnp.add, total, value_and_grad(part)), None
 
         # Every device keeps its own rows: microbatch a takes rows a, a + A, a + 2A, ...
         split = jax.tree.map(
@@ -123,10 +161,13 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
         )
         zero = jnp.zeros(())
         found = {name: zero for name in ("nll", *weights)}
-        start = (zero, found), jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, start, split)[0]
+        # A parameter in bfloat16 has its parts added in float32.
+        start = (zero, found), jax.tree.map(lambda p: at_least_float32(jnp.zeros_like(p)), params)
+        found, grads = jax.lax.scan(add, start, split)[0]
+        return found, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        batch = _cut(batch, mesh)
         (value, found), grads = gradients(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -138,13 +179,13 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
         }
         return TrainState(params, opt_state, state.step + 1, state.key), metrics
 
-    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         step,
         in_shardings=(placed, batch_sharding(mesh)),
         out_shardings=(placed, whole),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 
@@ -166,11 +207,17 @@ def make_eval_step(config: RunConfig, mesh: Mesh) -> Callable[[Any, Any], dict[s
       learned sink tokens position 0 is the first of them.
     """
 
+    chunks = loss_chunks(config, mesh, config.data.batch_size)
+
     def step(params: Any, batch: Any) -> dict[str, Array]:
+        batch = _cut(batch, mesh)
         output = _apply(config.model, params, batch, statistics=True)
-        _, loss = cross_entropy(output.logits, batch["targets"], batch["loss_mask"])
-        return {"nll": loss["nll"]} | _sinks(
-            output.statistics, batch["segment_ids"] != 0, config.sink_epsilon
+        _, loss = _cross_entropy(config.model, params, output, batch, 0.0, chunks)
+        return {"nll": loss["nll"]} | laid_out_by_compiler(
+            lambda found, real: _sinks(found, real, config.sink_epsilon),
+            PartitionSpec(),
+            output.statistics,
+            batch["segment_ids"] != 0,
         )
 
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
@@ -187,6 +234,25 @@ def _tokens(name: str, batch: Any) -> Array:
         return batch["loss_mask"].sum().astype(jnp.float32)
     found = segments(batch["tokens"].shape, batch["positions"], batch["segment_ids"])
     return counted(name, found).sum().astype(jnp.float32)
+
+
+def _cut(batch: Any, mesh: Mesh) -> Any:
+    """The batch as the mesh cuts it; the layout of a NumPy array is in no type of an explicit mesh."""
+    return jax.tree.map(lambda x: constrain(x, batch_sharding(mesh).spec), batch)
+
+
+def _cross_entropy(
+    config: DecoderConfig, params: Any, output: Any, batch: Any, z_loss: float, chunks: int
+) -> tuple[Array, dict[str, Array]]:
+    targets, mask = batch["targets"], batch["loss_mask"]
+    if chunks == 1:
+        return cross_entropy(output.logits, targets, mask, z_loss)
+    # `output.logits` is read by nobody and never computed.
+    tied = config.tied_head
+    kernel = params["embedding"]["embedding"].T if tied else params["head"]["kernel"]
+    return head_cross_entropy(
+        output.hidden, kernel, targets, mask, z_loss, chunks=chunks, dtype=config.dtype
+    )
 
 
 def _apply(

@@ -149,8 +149,13 @@ def test_rules_place_a_decoder_stacked_or_not(layers: int | None, gate: str) -> 
     )
 
 
-def test_fewer_key_heads_than_shards_are_kept_whole() -> None:
-    got = shardings(decoder(None, "headwise"), make_mesh(2, 3))
+def test_fewer_key_heads_than_shards_are_cut_along_the_width() -> None:
+    params = decoder(None, "headwise")
+    key = params["blocks"][0]["attention"]["key"]
+    got = shardings(params, make_mesh(2, 3))
+    assert got["blocks"][0]["attention"]["key"]["kernel"].spec == P(("data", "model"), None, None)
+    key["kernel"] = jax.ShapeDtypeStruct((8, 2, 10), jnp.float32)  # 8 is no multiple of 6
+    got = shardings(params, make_mesh(2, 3))
     assert got["blocks"][0]["attention"]["key"]["kernel"].spec == P("data", None, None)
 
 

@@ -68,7 +68,7 @@ def expected(model):
     return tokens, cache
 
 
-@pytest.mark.parametrize("axes", [(4, 2), (2, 4)])
+@pytest.mark.parametrize("axes", [pytest.param((4, 2), marks=pytest.mark.slow), (2, 4)])
 def test_a_stream_is_that_of_one_device(axes, model, expected):
     mesh = make_mesh(*axes)
     params, cache = parameters(model), model.init_cache(DESCRIPTION, B)

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
+from sinkjax_kernels.flash.saved import saved
+
 
 @runtime_checkable
 class Kernel(Protocol):
@@ -62,7 +64,7 @@ def _forward_rule(kernel, query, key, value, sinks):
     query, key, value, sinks = jax.tree.map(
         lambda x: x.value, (query, key, value, sinks), is_leaf=lambda x: hasattr(x, "perturbed")
     )
-    results: Any = _attend(kernel, query, key, value, sinks)
+    results: Any = saved(_attend(kernel, query, key, value, sinks))
     return results, (query, key, value, sinks, *results)
 
 

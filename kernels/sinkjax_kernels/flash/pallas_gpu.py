@@ -27,6 +27,7 @@ from sinkjax_kernels.flash.gpu_sinks import add_far_queries
 from sinkjax_kernels.flash.gpu_tiles import Static
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
 from sinkjax_kernels.flash.refusals import check_operands
+from sinkjax_kernels.flash.saved import saved
 from sinkjax_kernels.masks import Visibility
 from sinkjax_kernels.varying import alike
 
@@ -156,6 +157,7 @@ def _attend(static, query, key, value, sinks, starts, ends) -> tuple[Array, Arra
 
 def _forward_rule(static, query, key, value, sinks, starts, ends):
     results: Any = _attend(static, query, key, value, sinks, starts, ends)
+    results = saved(results)
     return results, (query, key, value, sinks, starts, ends, *results)
 
 

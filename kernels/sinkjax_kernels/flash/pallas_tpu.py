@@ -19,6 +19,7 @@ from sinkjax_kernels.flash import segments
 from sinkjax_kernels.flash import tpu_tiles as tiles
 from sinkjax_kernels.flash.ranges import Ranges, ranges_of
 from sinkjax_kernels.flash.refusals import check_operands
+from sinkjax_kernels.flash.saved import saved
 from sinkjax_kernels.flash.tpu_backward import backward
 from sinkjax_kernels.flash.tpu_blocks import Blocks, blocks_here
 from sinkjax_kernels.flash.tpu_forward import forward
@@ -162,7 +163,7 @@ def _attend(static, query, key, value, sinks, starts) -> tuple[Array, Array | No
 
 
 def _forward_rule(static, query, key, value, sinks, starts):
-    results: Any = _attend(static, query, key, value, sinks, starts)
+    results: Any = saved(_attend(static, query, key, value, sinks, starts))
     out, lse = results
     return (out, lse), (query, key, value, sinks, starts, out, lse)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from sinkjax_kernels import normalizers
 from sinkjax_kernels.flash.families import Family, family_of, fold_params
+from sinkjax_kernels.flash.saved import saved
 from sinkjax_kernels.masks import Visibility
 from sinkjax_kernels.varying import alike, as_in
 
@@ -208,6 +209,7 @@ def _forward(static, query, key, value, bias, mask, visibility, sinks):
         out, denominator = (
             jnp.moveaxis(x, 0, 3).reshape(B, K, G, -1, *x.shape[5:]) for x in (out, denominator)
         )
+    out, denominator = saved((out, denominator))
     residuals = (query, key, value, bias, mask, visibility, sinks, out, denominator)
     return out, denominator, residuals
 

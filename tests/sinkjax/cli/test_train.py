@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from sinkjax.cli import main, train
-from sinkjax.models import preset
-from sinkjax.train import OptimizerConfig, RunConfig, from_json, read_metrics
+from sinkjax.models import load, preset
+from sinkjax.train import OptimizerConfig, Run, RunConfig, from_json, read_metrics
 
 RUN = "import sys; from sinkjax.cli import main; sys.exit(main(sys.argv[1:]))"
 FULL = """
@@ -91,6 +91,20 @@ def test_ctrl_c_saves_and_prints_the_line_that_goes_on(train_argv, text, tmp_pat
     assert shlex.split(line.partition("go on with: sinkjax ")[2]) == list(words)
 
 
+def test_sigterm_is_told_with_the_line_that_goes_on_and_status_0(
+    trained, train_argv, text, tmp_path, monkeypatch, capsys
+):
+    model, _ = load(trained.folder)
+    config = from_json(RunConfig, (Path(trained.folder) / "config.json").read_text())
+    done = Run(model, config, [], tmp_path, 7, interrupted=True, preempted=True)
+    monkeypatch.setattr("sinkjax.train.loop.fit", lambda config: done)
+    words = train_argv(tmp_path / "a run", text)
+    assert main(words) == 0 and not (tmp_path / "summary.json").exists()
+    out, err = capsys.readouterr()
+    said = "sinkjax train: stopped by SIGTERM at step 7; saved; go on with: "
+    assert out == "" and err == f"{said}{shlex.join(['sinkjax', *words])}\n"
+
+
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(train_argv, trained, text, tmp_path):
     out, file = tmp_path / "run", tmp_path / "e.json"
     commands = [
@@ -122,6 +136,11 @@ def test_a_full_disk_is_one_line_and_nothing_is_half_written(train_argv, trained
         ("--model.gate half", "Expected one of ('none', 'elementwise', 'headwise'"),
         ("--steps 0", "steps: expected at least 1, got 0"),
         ("--optimizer.name sgd", "Expected one of ('adamw', 'muon', 'orthoadam')"),
+        (
+            "--distributed.mode explicit",
+            "coordinator: expected a value with distributed.mode='expl",
+        ),
+        ("--distributed.process-id 1", "process_id: expected none without distributed.mode='expl"),
         ("--stepz 3", "Unrecognized options: --stepz, 3; perhaps --steps INT"),
         ("--data.files {0}/none.txt", "data.files: expected text files, '{0}/none.txt' names none"),
         ("--data.files {0}/empty.txt", "is empty"),

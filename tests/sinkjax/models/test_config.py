@@ -30,7 +30,7 @@ BASE = DecoderConfig(
         (dict(windows=(None, 0)), "window: expected at least 1 or None, got 0"),
         (dict(windows=(3,) * 7), "windows: expected at most num_layers=6 entries, got 7"),
         (dict(windows=(None,) * 4, scan_layers=True), "num_layers: expected a multiple .* 4 "),
-        (dict(remat="half"), "remat: expected one of none, full, dots; got 'half'"),
+        (dict(remat="half"), "remat: expected one of none, full, dots, .*; got 'half'"),
         (dict(normalizer="max"), "normalizer: expected one of softmax, "),
         (dict(num_learned_sink_tokens=31), "below vocab_size=31, got 31"),
         (

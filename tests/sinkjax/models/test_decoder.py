@@ -152,9 +152,9 @@ def test_rematerialisation_keeps_less(model):
     params = parameters(model)
     kept = {
         remat: residuals(dataclasses.replace(CONFIG, remat=remat), params)
-        for remat in ("none", "full", "dots")
+        for remat in ("none", "full", "attention", "dots")
     }
-    assert kept["full"] < kept["dots"] < kept["none"], kept
+    assert kept["full"] < kept["attention"] < kept["dots"] < kept["none"], kept
 
 
 def test_a_seed_names_one_model_whatever_the_layout(model):

@@ -12,6 +12,11 @@ from sinkjax.models import PRESETS, count, preset
         ("llama3-8b", 8_030_261_248),
         ("mistral-7b", 7_241_732_096),
         ("qwen3-0.6b", 596_049_920),
+        ("llama3-70b", 70_553_706_496),
+        ("mixtral-8x7b", 46_702_792_704),
+        # Less the biases of the attention projections, L (N H + 2 K H + D), which we have not.
+        ("gpt-oss-20b", 20_914_757_184 - 24 * (4096 + 2 * 512 + 2880)),
+        ("gpt-oss-120b", 116_829_156_672 - 36 * (4096 + 2 * 512 + 2880)),
     ],
 )
 def test_published_parameter_counts(name, parameters):
@@ -26,10 +31,11 @@ def test_sizes_of_our_own():
     assert count(preset("gpt2")) == pytest.approx(124.4e6, rel=0.01)
 
 
-def test_gpt_oss_like_alternates():
-    config = preset("gpt-oss-like")
+def test_gpt_oss_alternates():
+    config = preset("gpt-oss-20b")
     assert [config.layer(i).window for i in range(4)] == [128, None, 128, None]
     assert config.sinks and config.num_heads // config.num_kv_heads == 8
+    assert (config.num_experts, config.num_experts_per_token) == (32, 4)
 
 
 def test_unknown_name_lists_the_choices():

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sinkjax.checksums import write_checksums
 from sinkjax.models import (
     PRESETS,
     Decoder,
@@ -39,6 +42,7 @@ def run(tmp_path_factory):
         for step in (9, 10):
             params = parameters(Decoder(CONFIG, rngs=nnx.Rngs(step)))
             checkpointer.save_checkpointables(step, {"params": params, "train": {"opt": params}})
+            write_checksums(folder / "checkpoints" / str(step), ["params", "train"])
     (folder / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
     return folder
 
@@ -96,6 +100,40 @@ def test_load(run, step, seed):
     for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(leaf, other)
     assert model(jnp.arange(7)[None]).logits.shape == (1, 7, 257)
+
+
+def test_a_damaged_checkpoint_is_named_and_left_out(run, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    payload = _largest(folder / "checkpoints" / "10" / "params")
+    _flip(payload)  # orbax itself would load it without a word
+    model, _ = load(folder)
+    want = parameters(Decoder(CONFIG, rngs=nnx.Rngs(9)))
+    jax.tree.map(np.testing.assert_array_equal, parameters(model), want)
+    [record] = caplog.records
+    words = f"checkpoints/10 is damaged and left out: params/.*{payload.name}: expected CRC-32"
+    assert re.search(words, record.getMessage())
+    with pytest.raises(ValueError, match="a checkpoint that is whole, got 10/params/.*CRC-32"):
+        load(folder, step=10)
+    # The optimiser is not read, so its damage does not matter here.
+    _flip(_largest(folder / "checkpoints" / "9" / "train"))
+    load(folder, step=9)
+    (folder / "checkpoints" / "9" / "checksums.json").unlink()
+    with pytest.raises(
+        ValueError, match="whole, got 10/params/.*; 9/checksums.json.*: No such file"
+    ):
+        load(folder)
+
+
+def _largest(folder):
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name == "d"]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def _flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 8
+    path.write_bytes(content)
 
 
 def test_load_in_another_type_and_on_a_mesh(run, tmp_path):

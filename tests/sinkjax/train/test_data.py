@@ -135,11 +135,13 @@ def test_an_epoch_visits_every_row_once_and_the_next_in_another_order(documents)
 def test_processes_make_the_batch_that_one_would(documents):
     packed = PackedRows(documents, T, BOS)
     whole = batches(packed, 6, seed=1)[11]
-    parts = [batches(packed, 6, seed=1, process_index=p, process_count=3)[11] for p in range(3)]
-    for name in whole:
-        np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
-    with pytest.raises(ValueError, match="batch_size: expected a multiple of the 4 processes"):
-        batches(packed, 6, seed=1, process_index=0, process_count=4)
+    # The rows of a process need not follow one another, nor be its own alone.
+    for local in ((0, 1), (4, 5), (0, 3, 4), (2,), range(6)):
+        part = batches(packed, 6, seed=1, local=local)[11]
+        for name in whole:
+            np.testing.assert_array_equal(part[name], whole[name][list(local)])
+    with pytest.raises(ValueError, match="local: expected rows from 0 to 5, got 3 to 6"):
+        batches(packed, 6, seed=1, local=(3, 6))
 
 
 def test_state_is_one_number(documents):

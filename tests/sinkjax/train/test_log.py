@@ -5,6 +5,8 @@ import json
 import jax.numpy as jnp
 import numpy as np
 
+from sinkjax.models import preset
+from sinkjax.sharding import make_mesh
 from sinkjax.train import log as module
 from sinkjax.train.log import MetricsLog, Progress, read_metrics
 
@@ -42,6 +44,15 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(module.jax, "process_index", lambda: 1)
     MetricsLog(tmp_path / "metrics.jsonl", -1).write({"step": 1})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_speed_is_that_of_all_of_one_device_and_as_a_share_of_its_peak(monkeypatch):
+    found = module.speed(preset("tiny"), make_mesh(), 3e5)
+    assert found == {"tokens_per_second": 3e5, "tokens_per_second_per_device": 3e5}
+    monkeypatch.setattr(module, "utilization", lambda *given: (asked.append(given), 0.25)[1])
+    asked = []
+    assert module.speed(preset("tiny"), make_mesh(), 3e5) == found | {"mfu": 0.25}
+    assert asked == [(preset("tiny"), 3e5, "cpu", 1)]
 
 
 def test_progress_shows_step_loss_and_speed_and_is_quiet_without_a_terminal(capfd):

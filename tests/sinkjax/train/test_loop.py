@@ -31,7 +31,7 @@ SCRIPT = textwrap.dedent("""
         run = fit(config)
     except OSError as error:
         sys.exit(f"error: {error}")
-    print("interrupted" if run.interrupted else "done", run.step)
+    print("preempted" if run.preempted else "interrupted" if run.interrupted else "done", run.step)
 """)
 
 
@@ -93,7 +93,8 @@ def _wait_for_step(process, path, step):
 
 def _numbers(records):
     # Everything but the speed.
-    return [{k: v for k, v in record.items() if k != "tokens_per_second"} for record in records]
+    speeds = ("tokens_per_second", "mfu")
+    return [{k: v for k, v in r.items() if not k.startswith(speeds)} for r in records]
 
 
 def test_a_run_learns_and_leaves_a_folder_that_loads(base, unbroken):
@@ -105,6 +106,9 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(base, unbroken):
     assert validation[-1]["nll"] < 3.6
     assert len(validation[-1]["importance"]) == 1 and len(validation[-1]["importance"][0]) == 3
     assert validation[0]["importance"][0][0] == pytest.approx(0.1867, abs=0.01)  # H_19 / 19
+    for record in unbroken.metrics:
+        speeds = [name for name in record if "tokens_per_second" in name]
+        assert len(speeds) == (2 if record["split"] == "train" else 0) and "mfu" not in record
     assert read_metrics(unbroken.path / "metrics.jsonl") == unbroken.metrics
     assert from_json(RunConfig, (unbroken.path / "config.json").read_text()) == base
     model, config = load(unbroken.path)
@@ -141,17 +145,23 @@ def test_kill_9_and_again_equals_the_unbroken_run_bit_for_bit(base, unbroken, tm
     assert after[:kept] == before[:kept] and after[kept : kept + 3] != before[kept : kept + 3]
 
 
-@pytest.mark.parametrize("every", [1, 100])  # a checkpoint of that very step is under way, or none
-def test_ctrl_c_saves_says_so_and_goes_on(base, unbroken, tmp_path, every):
+@pytest.mark.parametrize(
+    ("number", "word", "said", "every"),  # a checkpoint of that very step is under way, or none
+    [
+        (signal.SIGINT, "interrupted", "interrupted", 1),
+        (signal.SIGTERM, "preempted", "stopped by SIGTERM", 100),
+    ],
+)
+def test_a_signal_saves_says_so_and_goes_on(base, unbroken, tmp_path, number, word, said, every):
     path = tmp_path / "run"
     config = dataclasses.replace(base, path=str(path), checkpoint_every=every)
     process = _start(config, tmp_path)
     _wait_for_step(process, path, 7)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate()
-    word, step = out.split()
-    assert word == "interrupted" and 7 <= int(step) < 60 and process.returncode == 0
-    assert f"interrupted at step {step} of 60 and saved in {path}" in err
+    found, step = out.split()
+    assert found == word and 7 <= int(step) < 60 and process.returncode == 0
+    assert f"{said} at step {step} of 60 and saved in {path}" in err
     assert "Traceback" not in err
     # Where the checkpoint fell does not enter the numbers.
     run = fit(dataclasses.replace(config, checkpoint_every=20))
@@ -168,7 +178,7 @@ def test_an_event_ends_a_run_in_a_thread_as_ctrl_c_does(base, unbroken, tmp_path
             time.sleep(0.01)
         stop.set()
         run = future.result()
-    assert run.interrupted and 3 <= run.step < 60
+    assert run.interrupted and not run.preempted and 3 <= run.step < 60
     losses = [row["loss"] for row in fit(config).metrics if row["split"] == "train"]
     assert losses == [row["loss"] for row in unbroken.metrics if row["split"] == "train"]
 

@@ -1,19 +1,35 @@
 """The jitted steps: right loss, right sums, one compilation."""
 
 import dataclasses
+import math
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
 from sinkjax.models.config import DecoderConfig
 from sinkjax.models.parameters import from_parameters
+from sinkjax.models.presets import preset
 from sinkjax.ops.losses import token_nll
 from sinkjax.sharding import make_mesh
-from sinkjax.train.config import DataConfig, OptimizerConfig, PenaltyConfig, RunConfig
-from sinkjax.train.step import abstract_state, init_state, make_eval_step, make_train_step
+from sinkjax.train.config import (
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PenaltyConfig,
+    RunConfig,
+)
+from sinkjax.train.step import (
+    abstract_state,
+    init_state,
+    loss_chunks,
+    make_eval_step,
+    make_train_step,
+)
 from sinkjax.train.tasks import Backcopy
 
 CONFIG = RunConfig(
@@ -129,6 +145,49 @@ def test_a_penalty_without_a_weight_is_not_computed(mesh):
         assert ("decorrelation" in metrics) == (penalties.decorrelation > 0)
     # Positions in a segment need one, the first token of each segment another.
     assert texts[0].count("cummax") < texts[1].count("cummax")
+
+
+def test_chunked_logits_are_never_there_whole(mesh):
+    model = dataclasses.replace(CONFIG.model, vocab_size=1031, num_layers=1)
+
+    def largest(chunks):
+        optimizer = OptimizerConfig(loss_chunks=chunks, accumulation_steps=2)
+        config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
+        with jax.set_mesh(mesh):
+            state = abstract_state(config, mesh)
+            text = make_train_step(config, mesh).lower(state, _batch(0)).as_text()
+        shapes = re.findall(r"tensor<([\dx]+)x[a-z]", text)
+        return max(math.prod(map(int, shape.split("x"))) for shape in shapes)
+
+    tokens = 3 * 13
+    assert largest(1) == tokens * 1031
+    assert largest(4) < tokens * 1031 * 2 // 3  # the head has 22 * 1031
+
+
+def test_logits_are_cut_where_they_would_be_larger_than_a_gibibyte():
+    config = RunConfig(
+        model=preset("llama3-8b"), data=DataConfig(batch_size=128), mesh=MeshConfig(-1, 1)
+    )
+
+    def chunks(rows, **axes):
+        mesh = AbstractMesh(tuple(axes.values()), tuple(axes))
+        return loss_chunks(config, mesh, rows)
+
+    # 8,192 tokens x 128,256 numbers of 4 bytes are 3.9 GiB.
+    assert chunks(128, data=128, model=1) == 4
+    assert chunks(32, data=32, model=4) == 1
+    assert chunks(128, data=32, model=4) == 4
+    assert chunks(32, data=32, sequence=4, model=1) == 1
+    assert loss_chunks(CONFIG, make_mesh(), 6) == 1
+    given = dataclasses.replace(config, optimizer=OptimizerConfig(loss_chunks=7))
+    assert loss_chunks(given, make_mesh(), 128) == 7
+
+
+def test_the_state_is_donated(mesh):
+    with jax.set_mesh(mesh):
+        state = abstract_state(CONFIG, mesh)
+        text = make_train_step(CONFIG, mesh).lower(state, _batch(0)).as_text()
+    assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
 
 
 def test_the_seed_decides_the_parameters(mesh):
