@@ -54,7 +54,7 @@ def damage(folder: Path, *, part: str = "", share: tuple[int, int] = (0, 1)) -> 
         wanted = {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
     except OSError as error:
         return f"{RECORD}, which is written last: {error.strerror}"
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
         return f"{RECORD}: expected a record of files, got something else"
     if crc != _crc32_of_record(wanted):
         return f"{RECORD}: expected another CRC-32 of the record itself than {crc}"

@@ -58,6 +58,7 @@ DECODER_RULES: Rules = (
     (r"mlp/experts/(gate|up)/kernel$", PartitionSpec("expert", ("data", "sequence"), "model")),
     (r"mlp/experts/down/kernel$", PartitionSpec("expert", "model", ("data", "sequence"))),
     (r"mlp/experts/(gate|up)/bias$", PartitionSpec("expert", "model")),
+    (r"mlp/experts/down/bias$", PartitionSpec("expert", ("data", "sequence"))),
     (r"mlp/experts/down/bias$", PartitionSpec("expert", None)),
     (r"mlp/router/kernel$", PartitionSpec(FSDP, None)),
     (r"mlp/router/kernel$", PartitionSpec(("data", "sequence"), None)),

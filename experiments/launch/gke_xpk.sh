@@ -12,7 +12,10 @@ OUT=${OUT:?run folder on it}
 TPU=${TPU:-v5p-256} SLICES=${SLICES:-1}
 RESTARTS=${RESTARTS:-10}  # a lost pod ends all, and all go on from the last checkpoint
 
-command=$(printf '%q ' exec python3 -m sinkjax.cli train --out "$OUT" --distributed.mode auto "$@")
+# A run that a SIGTERM saved ends with status 0; without a record of the finished run the pods start again.
+# The second `wait`: a signal ends the first one.
+command=$(printf '%q ' python3 -m sinkjax.cli train --out "$OUT" --distributed.mode auto "$@")
+command+="& trap 'kill -TERM \$!' TERM; wait \$!; wait \$!; test -e $(printf %q "$OUT/summary.json")"
 exec xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT" \
   --workload="${NAME:-sinkjax-$USER}" --docker-image="$IMAGE" --storage="$STORAGE" \
   --tpu-type="$TPU" --num-slices="$SLICES" --max-restarts="$RESTARTS" \

@@ -81,16 +81,14 @@ def _preset(argv: Sequence[str]) -> str:
     """The word that is neither a flag nor the value of one."""
     before = ""
     for word in argv:
-        value = before.startswith("--") and "=" not in before and before not in _SWITCHES
-        if not word.startswith("-") and not value:
+        value = before.startswith("--") and "=" not in before
+        # A switch has no value: which flags are switches, only the parser knows.
+        if not word.startswith("-") and (word in PRESETS or not value):
             return word
         before = word
     if "-h" in argv or "--help" in argv:
         return _DEFAULT
     raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got none")
-
-
-_SWITCHES = ("--decode", "--no-decode", "--quick", "--no-quick")
 
 
 def _value(argv: Sequence[str], flag: str) -> str | None:
@@ -114,7 +112,7 @@ def job(config: PlanCommand) -> Job:
     ring, rows = None, rows_on(config.mesh, topology)
     if config.decode:
         sinks = 4 if config.num_sink_tokens is None else config.num_sink_tokens
-        window = config.window or model.context_length - sinks
+        window = model.context_length - sinks if config.window is None else config.window
         ring, rows = Ring(sinks, window), _STREAMS * rows
     else:
         if config.window is not None:
@@ -148,7 +146,10 @@ def _plan(wanted: Job, quick: bool) -> Plan:
     from sinkjax.plan import plan
 
     with _progress(wanted.topology) as progress:
-        return plan(wanted, quick=quick, progress=progress)
+        try:
+            return plan(wanted, quick=quick, progress=progress)
+        except RuntimeError as error:  # status 1 means that it does not fit
+            raise OSError(str(error)) from error
 
 
 @contextmanager

@@ -121,10 +121,21 @@ def training_flops(config: DecoderConfig, length: int | None = None) -> Flops:
     again = {
         "none": 0.0,
         "full": in_layers + attention,
-        "dots": attention,  # a sum over heads is no product of weights
+        # Neither a sum over heads nor a ragged product is what this policy keeps.
+        "dots": attention + 2 * _active_expert_weights(config),
         "attention": in_layers,
     }[config.remat]
     return Flops(3 * projections, 3 * attention, again)
+
+
+def _active_expert_weights(config: DecoderConfig) -> int:
+    """Weights of the experts that one token is sent to."""
+    if not config.num_experts:
+        return 0
+    sent_to_none = dataclasses.replace(config, num_experts=0, mlp_bias=False)
+    router = config.num_layers * config.model_dim * config.num_experts
+    dense = config.num_layers * 3 * config.model_dim * config.mlp_dim
+    return active_weights(config) - router - (active_weights(sent_to_none) - dense)
 
 
 def _in_layers(config: DecoderConfig) -> int:

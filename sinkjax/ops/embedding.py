@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def embed(
     Why: rows of a table whose width is cut as the tokens are cut cross the mesh twice. Every device
     looks up its channels of all tokens, and an all-to-all turns channels into tokens: as many bytes as
     the result has, in `dtype`. Left to itself, XLA gathers the whole batch on every device where both
-    rows and tokens are cut.
+    rows and tokens are cut. A width that the cuts do not divide is looked up in the whole table.
 
     Args:
       table: `[V, D]`; on a mesh over `model` along V, where that divides, and along D over the axes that
@@ -58,7 +59,7 @@ def _exchange(V, axes, model, dtype, table, tokens):
     first = jax.lax.axis_index(model) * table.shape[0] if model else 0
     row = jax.lax.all_gather(tokens, axes) - first  # [devices, B, T]
     here = (row >= 0) & (row < table.shape[0])
-    rows = _look_up(dtype, *alike((table, jnp.where(here, row, 0))))
+    rows: Any = _look_up(dtype, *alike((table, jnp.where(here, row, 0))))
     rows = jnp.where(here[..., None], rows, 0)
     rows = jax.lax.all_to_all(rows, axes, split_axis=0, concat_axis=3, tiled=True)[0]
     if model:

@@ -41,13 +41,14 @@ def per_shard(
         results: tree with the letters of what comes out.
         sizes: of B, N and K; what does not divide stays whole on every device. T and S only where
             `run` knows what to do with tokens that are cut over `sequence`.
-        may_repeat: repeat key heads that are fewer than the shards, so that each shard has its own.
+        may_repeat: repeat key heads that the shards do not divide, so that each shard has its own.
     """
     free = free_axes()
     if not free:
         return run(arrays)
     K, shards = sizes["K"], free.get("model", 1)
-    copies = shards // K if may_repeat and shards % K == 0 else 1
+    each = math.lcm(K, shards)
+    copies = each // K if may_repeat and sizes["N"] % each == 0 else 1
     axis_of: dict[str, Any] = {}
     rows = tuple(name for name in ROWS if name in free)
     if rows and sizes["B"] % math.prod(free[name] for name in rows) == 0:

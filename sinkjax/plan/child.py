@@ -7,6 +7,7 @@ mistake of the caller and `memory` for a program that the chips cannot hold; and
 
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -19,6 +20,10 @@ from sinkjax.plan.job import Job, read_job
 from sinkjax.plan.topology import Topology
 
 
+class Refused(Exception):
+    """The compiler says that the program does not fit into the memory of a chip."""
+
+
 def main(folder: Path) -> int:
     """Compile and write down what came out."""
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
@@ -28,7 +33,7 @@ def main(folder: Path) -> int:
     except ValueError as error:
         write_whole(folder / "refused.json", json.dumps({"kind": "input", "text": str(error)}))
         return 2
-    except MemoryError as error:
+    except Refused as error:
         write_whole(folder / "refused.json", json.dumps({"kind": "memory", "text": str(error)}))
         return 1
     write_whole(folder / "compiled.json", json.dumps(found))
@@ -51,7 +56,7 @@ def compile_job(job: Job, tell: Callable[[dict], Any]) -> dict:
 
     Raises:
       ValueError: the job does not fit the slice, or the slice does not exist.
-      MemoryError: the compiler says that the program does not fit.
+      Refused: the compiler says that the program does not fit.
     """
     import jax
     from jax.experimental import topologies
@@ -77,8 +82,10 @@ def compile_job(job: Job, tell: Callable[[dict], Any]) -> dict:
     try:
         compiled = lowered.compile(compiler_options=job.options)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise MemoryError(str(error)) from error
+        # A kernel may ask for too much of a chip's small memories, which is not the plan's to say.
+        small = re.search(r"memory space (vmem|smem)", str(error))
+        if "RESOURCE_EXHAUSTED" in str(error) and not small:
+            raise Refused(str(error)) from error
         if "No such compile option" in str(error):
             raise ValueError(f"compiler-options: {error}") from error
         raise

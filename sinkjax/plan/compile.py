@@ -133,6 +133,10 @@ def _collect(folder: Path, status: int, seconds: float, quick: bool = False) -> 
             raise ValueError(refused["text"])
         refusal = refused["text"]
     elif not (quick and _text(folder, _USAGE)):
+        if status == -signal.SIGKILL:
+            raise RuntimeError(
+                "the TPU's compiler was killed: this machine may have too little memory"
+            )
         said = (folder / "log").read_text(encoding="utf-8", errors="replace").strip()
         raise RuntimeError(f"the TPU's compiler ended with status {status}: {said[-2000:]}")
     return Compiled(

@@ -1,6 +1,7 @@
 """From what the compiler left to the answer: does it fit, what does it send, how fast can it be."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,12 @@ def report(job: Job, compiled: Compiled) -> Plan:
         sent = collectives(module)
         exchange = totals(sent)
         each = flops(module)
-        work["program"] = each * topology.devices
+        used = math.prod(compiled.step["mesh"].values())
+        work["program"] = each * used
+        if used < topology.devices:
+            notes.append(
+                f"{topology.devices - used} devices of the slice are in no mesh; MFU has them"
+            )
         found = floors(each, traffic(module), sent, chip)
         limits = dataclasses.asdict(found) | {"step": found.step}
         if fits and found.step:

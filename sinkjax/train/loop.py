@@ -4,9 +4,9 @@ import dataclasses
 import errno
 import logging
 import math
+import secrets
 import threading
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def fit(
     # --- Run folder --------------------------------------------------------------------------
     folder = Path(config.path)
     _open_folder(folder, config)
-    _check_shared(folder)
+    _check_shared(folder, config)
 
     stopping = Stopping(stop)
     with (
@@ -212,23 +212,34 @@ def _open_folder(folder: Path, config: RunConfig) -> None:
         write_whole(file, to_json(config))
 
 
-def _check_shared(folder: Path) -> None:
-    """Refuse a folder of which every process has its own: checkpoints would lie about in parts."""
+def _check_shared(folder: Path, config: RunConfig) -> None:
+    """Refuse a folder of which every process has its own, and processes that want different runs.
+
+    Checkpoints would lie about in parts, and losses would be a mixture, without a word.
+    """
     if jax.process_count() == 1:
         return
-    mark = np.zeros((), np.uint32)
-    file = folder / "config.json"
+    mark, file = np.zeros((), np.uint32), folder / ".shared"
     if jax.process_index() == 0:
-        mark = np.uint32(zlib.crc32(file.read_bytes()))
-    mark = multihost_utils.broadcast_one_to_all(mark)
+        mark = np.uint32(secrets.randbits(32))  # a copy of an older run has another
+        write_whole(file, f"{mark}\n")
+    wanted = f"{int(multihost_utils.broadcast_one_to_all(mark))}\n"
     end = time.monotonic() + _SEEN_WITHIN
-    while not (file.exists() and zlib.crc32(file.read_bytes()) == int(mark)):
+    while not (file.exists() and file.read_text(encoding="utf-8") == wanted):
         if time.monotonic() > end:
             raise ValueError(
                 f"path: expected a folder that all processes share, got {folder}, in which process "
                 f"{jax.process_index()} does not see what process 0 wrote"
             )
         time.sleep(0.5)
+    written = folder / "config.json"
+    there = from_json(RunConfig, written.read_text(encoding="utf-8"), name=str(written))
+    for name, first, here in differences(there, config):
+        if name != "path":
+            raise ValueError(
+                f"{name}: expected what process 0 has, {first!r}, got {here!r} in process "
+                f"{jax.process_index()}"
+            )
 
 
 # Seconds; network file systems remember for some time that a file was not there.

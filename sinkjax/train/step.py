@@ -107,6 +107,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Any]
 
     With `accumulation_steps` A the batch is cut into A microbatches whose gradients are added one
     at a time; the sum is over the tokens of the whole batch, so A changes memory, not the loss.
+    `load_balancing` is the exception: a product of two means, it evens out each microbatch.
 
     Args:
       config: of the run.

@@ -81,7 +81,8 @@ class Watch:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         self._witness.says(*[f"{self._name} stops: {said}"] * 2)
         self._tell(f"{_END}{self._me}", f"process {self._me} failed ({said}); once that is mended")
-        jax.distributed.shutdown()
+        with contextlib.suppress(*_UNREACHABLE):  # the error itself matters more
+            jax.distributed.shutdown()
 
     def _tell(self, key: str, text: str) -> None:
         # With process 0 gone there is nobody to tell, and jax ends this process.
@@ -94,7 +95,12 @@ class Watch:
             if self._over.wait(self._period):
                 return
             try:
-                self._store.key_value_set(f"{_BEATS}{self._me}", str(number), allow_overwrite=True)
+                with self._ending:
+                    if self._over.is_set():
+                        return  # `done` has written the last beat
+                    self._store.key_value_set(
+                        f"{_BEATS}{self._me}", str(number), allow_overwrite=True
+                    )
                 verdicts = self._store.key_value_dir_get(_END)
                 if self._me == 0 and not verdicts:
                     verdicts = self._lost(heard, number)
@@ -130,14 +136,16 @@ class Watch:
             free = "\x1b[?25h\n" if sys.stderr.isatty() else ""
             print(f"{free}{self._name} stops: {verdict} {_GO_ON}", file=sys.stderr)
             self._witness.says("", "")
-            if key.endswith("lost"):
-                if self._me == 0:
-                    time.sleep(3 * self._period)  # the others shall hear it first
-            else:
-                jax.distributed.shutdown()  # together with the one that failed
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            try:
+                if key.endswith("lost"):
+                    if self._me == 0:
+                        time.sleep(3 * self._period)  # the others shall hear it first
+                else:
+                    jax.distributed.shutdown()  # together with the one that failed
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(1)
 
 
 def _of_jax(error: BaseException | None) -> bool:

@@ -45,7 +45,7 @@ class Witness:
         """What to print from now on, on standard error, after an abort or another sudden end."""
         texts = (" ".join(text.split()).replace("\0", "") for text in (aborted, killed))
         with contextlib.suppress(OSError):  # somebody may have killed it
-            os.write(self._pipe, b"\xfe" + "\0".join(texts).encode() + b"\xff")
+            os.write(self._pipe, b"\xfe" + "\0".join(texts).encode(errors="replace") + b"\xff")
 
     def dismiss(self) -> None:
         """End it without a word."""

@@ -40,6 +40,22 @@ CASES = {
 }
 
 
+def test_key_heads_that_no_number_of_shards_divides_are_cut_too():
+    arrays = operands(2, 11, 12, 6)
+    arrays.pop("bias")
+
+    def run(arrays):
+        return dot_product_attention(**arrays, is_causal=True)
+
+    found = []
+    for shards in (1, 4):
+        with jax.set_mesh(make_mesh(1, shards)):
+            program = jax.jit(run).lower(arrays).compile()
+            found.append((program.cost_analysis()["flops"], np.asarray(program(arrays))))
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    assert found[1][0] < 0.5 * found[0][0]
+
+
 @pytest.mark.parametrize(
     ("name", "explicit"), [("tiles", False), *((name, True) for name in CASES)]
 )

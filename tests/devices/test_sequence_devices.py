@@ -60,6 +60,7 @@ SLOW = {
     "ring, softmax_n": (4, 24, {"normalizer": "softmax_n(n=3.0)", "num_sink_tokens": 3}),
     "ring, wide window": (4, 24, {"local_window_size": (23, 0), "num_sink_tokens": 3}),
     "ring, cap and bias": (4, 24, {"logits_soft_cap": 2.0, "bias": 1, "sinks": "N"}),
+    "ring, padded by bias": (4, 24, {"sinks": "N", "bias": 1, "padded": 2}),
     "ring, full": (4, 24, {"is_causal": False, "sinks": "N", "segments": ([0, 3, 4, 17],)}),
     "gather, window": (4, 24, {"is_causal": False, "local_window_size": (3, 2), "bias": 24}),
     "gather, odd shards": (4, 20, {"sinks": "N"}),
@@ -84,6 +85,8 @@ def call_of(T, described, dtype="float32"):
         arrays["sinks"] = draw(*({"B": B, "T": T, "N": N}[x] for x in shape)) + 1
     if "bias" in options:
         arrays["bias"] = draw(1, N, options.pop("bias"), T)
+    if "padded" in options:  # the first rows see nothing
+        arrays["bias"] = arrays["bias"].at[..., : options.pop("padded")].set(-jnp.inf)
     if "segments" in options:
         ids = segments(T, *options.pop("segments"))
         options |= {"query_segment_ids": ids, "key_segment_ids": ids}
@@ -127,6 +130,22 @@ def arrays_in(text, operation=r"[\w-]+"):
             if kind in SIZES:
                 found.append((SIZES[kind], math.prod(int(x) for x in sizes.split(",") if x)))
     return found
+
+
+def test_the_ring_is_balanced():
+    """A contiguous ring computes two whole squares on each of two devices, half of all logits."""
+    arrays, options = call_of(48, {})
+
+    def operations(n):
+        def run(arrays):
+            return dot_product_attention(**arrays, **options, implementation="reference")
+
+        with jax.set_mesh(make_mesh(sequence=n)):
+            found = jax.jit(run).lower(arrays).compile().cost_analysis()
+        assert found is not None
+        return found["flops"]
+
+    assert operations(2) < 0.45 * operations(1)
 
 
 def test_a_window_moves_only_itself_and_its_sink_tokens():

@@ -37,7 +37,9 @@ def test_words_arrive_at_sinkjax_train(path, tmp_path):
     environment |= dict.fromkeys(names, "x")
     for folder in ("", "a run"):
         (tmp_path / folder).mkdir(exist_ok=True)
-        subprocess.run(["bash", str(path), *WORDS], env=environment, check=True)
+        done = subprocess.run(["bash", str(path), *WORDS], env=environment)
+        # On GKE only a status says that the pods must start again.
+        assert (done.returncode == 0) == (path.stem != "gke_xpk" or bool(folder))
         said = (tmp_path / "words").read_text().splitlines()
         start = ["-m", "sinkjax.cli", "train", "--out", environment["OUT"]]
         assert said == [*start, "--distributed.mode", "auto", *WORDS]

@@ -130,14 +130,14 @@ def constant_sink(normalizer: Normalizer) -> float | None:
 
 def exp_sum(logits, where, sinks) -> tuple[Float[Array, "*rows S"], Float[Array, "*rows"]]:
     """softmax over the visible keys and one more entry, the sink, that has no value."""
-    top = jnp.max(logits, axis=-1, where=where, initial=-jnp.inf)
+    # Masked before, not after: exp is 0 at masked keys, and so is its gradient.
+    logits = jnp.where(where, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, initial=-jnp.inf)
     if sinks is not None:
         sinks = jnp.asarray(sinks, logits.dtype)
         top = jnp.maximum(top, sinks)  # s in the maximum: exp(s - m) cannot overflow
     top = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top), top, 0))
-    # The inner `where` keeps exp finite at masked keys, or their zero gradient would be 0 * inf.
-    shifted = jnp.where(where, logits - top[..., None], 0)
-    terms = jnp.where(where, jnp.exp(shifted), 0)
+    terms = jnp.exp(logits - top[..., None])
     total = terms.sum(axis=-1)
     if sinks is not None:
         total = total + jnp.exp(sinks - top)

@@ -219,7 +219,8 @@ def _backward_rule(blocks, residuals, cotangents):
         (part, part_lse), pull = jax.vjp(run, query, keys)
         total, d_part, rest = jax.tree.map(partial(blocks.rows, step), (lse, d_out, delta))
         # With the weight of the block in the row, do_b = w dO and dlse_b = w (dO · o_b − D + dL).
-        weight = jnp.exp(part_lse - total)
+        # A row that sees nothing has no weight, and no log-sum-exp to take away.
+        weight = jnp.exp(part_lse - jnp.where(total == -jnp.inf, 0, total))
         within = (d_part.astype(lse.dtype) * part.astype(lse.dtype)).sum(-1)
         d_part = (weight[..., None] * d_part.astype(lse.dtype)).astype(part.dtype)
         found = pull((d_part, weight * (within - rest)))

@@ -100,6 +100,12 @@ def test_rematerialisation_counts_apart():
         assert got.hardware - got.model == pytest.approx(again)
 
 
+def test_products_with_experts_are_computed_again_with_dots():
+    config = dataclasses.replace(DENSE, num_experts=5, num_experts_per_token=2, remat="dots")
+    got, D, L, F = training_flops(config), 64, 3, 172
+    assert got.hardware - got.model == pytest.approx(got.attention / 3 + 2 * L * 2 * 3 * D * F)
+
+
 def test_a_decoded_token_reads_what_the_cache_holds():
     windowed = dataclasses.replace(DENSE, windows=(4,), num_sink_tokens=2)
     per_key = 4 * 3 * 6 * 22

@@ -1,10 +1,12 @@
 """Steps compiled by the TPU's own compiler for chips that are not there."""
 
 import dataclasses
+import json
 import re
 
 import pytest
 
+from sinkjax.cli import main
 from sinkjax.models import preset
 from sinkjax.plan import Job, Ring, Topology, compile_step, decode_mesh, plan, report
 from sinkjax.train.config import DataConfig, MeshConfig, RunConfig
@@ -109,3 +111,26 @@ def test_8b_on_128_chips_compiles_in_a_minute_and_a_half():
     compiled = compile_step(LARGE)
     assert compiled.numbers is not None and compiled.numbers["compile_cpu_seconds"] < 150
     assert report(LARGE, compiled).fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "llama3-8b --topology v5e:16x16",
+        "llama3-70b --topology v5p:8x8x8",
+        "gpt-oss-20b --topology v5p:4x4x8",
+        "gpt-oss-120b --topology v5p:8x8x8",
+        "llama3-8b --topology v5p:4x4x8 --context-length 131072 --mesh.sequence 8",
+        "llama3-8b --topology v5p:4x4x8 --context-length 131072 --mesh.sequence 8 --window 1024 "
+        "--num-sink-tokens 4",
+        "llama3-8b --topology v5e:2x4 --decode --window 4092",
+        "llama3-70b --topology v5p:2x2x2 --decode",
+    ],
+)
+def test_what_pods_are_planned_for(words, tmp_path, capsys):
+    assert main(["plan", *words.split(), "--quick", "--json", str(tmp_path / "plan.json")]) == 0
+    assert "\nfits: " in capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and 0 < found["mfu_estimate"] < 1
+    assert found["collectives"] and found["floors"]["arithmetic"] > 0
