@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import threading
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sinkjax.train.step import TrainState
 logger = logging.getLogger("sinkjax.train")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_LATE_WRITES = 2.0  # seconds
 _PARTS = ("params", "train")
 
 
@@ -236,7 +238,11 @@ class Checkpoints:
         finally:
             logging.getLogger("absl").removeFilter(self._quiet)
             if self._failed:
-                self._sweep()  # a thread that had not failed may have gone on writing
+                # The first failure is told while other files of the checkpoint are still written.
+                end = time.monotonic() + _LATE_WRITES
+                while time.monotonic() < end:
+                    self._sweep()
+                    time.sleep(0.1)
 
     def __enter__(self) -> "Checkpoints":
         return self
