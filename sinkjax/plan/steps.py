@@ -19,6 +19,7 @@ from sinkjax.sharding import (
     row_sharding,
     shardings,
 )
+from sinkjax.stream.structure import whole_logits
 
 # Every one is an int32 array [B, T], see `sinkjax.train.data`.
 _BATCH = ("tokens", "targets", "positions", "segment_ids", "loss_mask")
@@ -105,7 +106,7 @@ def _decode(job: Job, mesh: Mesh) -> Step:
     @functools.partial(jax.jit, donate_argnames=("cache",), out_shardings=(rows, layout))
     def step(params, cache, tokens):
         output = from_parameters(config, params)(tokens, cache=cache)
-        return jnp.argmax(output.logits, axis=-1), output.cache
+        return jnp.argmax(whole_logits(output.logits[:, -1]), axis=-1), output.cache
 
     cache = _placed(cache, layout)
     held = {"parameters": nbytes(params), "cache": nbytes(cache), "batch": nbytes(tokens)}
