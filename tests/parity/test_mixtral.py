@@ -62,7 +62,7 @@ def ours(case, cotangent, **floats):
     def run(floats, cotangent):
         (out, loss), pull = jax.vjp(layer, floats)
         (grads,) = pull((cotangent, jnp.zeros_like(loss)))
-        found = {"out": out, "load_balancing": loss.astype(jnp.float32)}  # as the peers'
+        found = {"out": out, "load_balancing": loss.astype(jnp.float32)}
         return found | {f"grad_{n}": x for n, x in grads.items()}
 
     floats = {name: jnp.asarray(x) for name, x in floats.items()}
@@ -103,7 +103,8 @@ def theirs(case, peer, cotangent, **floats):
     out = out[0] if isinstance(out, tuple) else out
     out.backward(torch.tensor(cotangent))
     logits = leaves["x"].reshape(-1, D) @ leaves["router"].T + leaves.get("router_bias", 0)
-    loss = modeling.load_balancing_loss_func((logits.detach(),), E, k) / k
+    # Some releases sum it in float32, others in the type of the logits.
+    loss = modeling.load_balancing_loss_func((logits.detach(),), E, k).float() / k
     grads = {f"grad_{n}": x.grad.numpy() for n, x in leaves.items()}
     return {"out": out.detach().numpy(), "load_balancing": loss.numpy()} | grads
 
