@@ -11,6 +11,18 @@ from sinkjax.models.config import DecoderConfig
 BYTES = 257  # 256 bytes and BOS
 _LARGE: dict[str, Any] = dict(scan_layers=True, remat="full", dtype="bfloat16")
 
+# What Mistral 7B, Llama 3 8B and, in each expert, Mixtral 8x7B have in common.
+_WIDE_4096: dict[str, Any] = dict(
+    model_dim=4096,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_dim=14336,
+    norm_epsilon=1e-5,
+    **_LARGE,
+)
+
 # gpt-oss (arXiv 2508.10925), config.json: sink logits, window 128 and full in turn, 4 experts per token;
 # trained at 4,096 before YaRN. Left out: biases of the attention projections, YaRN, MXFP4 weights.
 _GPT_OSS: dict[str, Any] = dict(
@@ -87,30 +99,16 @@ PRESETS: dict[str, DecoderConfig] = {
     # Mistral-7B-v0.1, config.json: a window of 4,096 in every layer. 7,241,732,096 parameters.
     "mistral-7b": DecoderConfig(
         vocab_size=32000,
-        model_dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=14336,
         context_length=32768,
         windows=(4096,),
-        norm_epsilon=1e-5,
-        **_LARGE,
+        **_WIDE_4096,
     ),
     # Meta-Llama-3-8B, config.json. 8,030,261,248 parameters.
     "llama3-8b": DecoderConfig(
         vocab_size=128256,
-        model_dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=14336,
         context_length=8192,
         rope_theta=500000.0,
-        norm_epsilon=1e-5,
-        **_LARGE,
+        **_WIDE_4096,
     ),
     # Meta-Llama-3-70B, config.json. 70,553,706,496 parameters.
     "llama3-70b": DecoderConfig(
@@ -129,18 +127,11 @@ PRESETS: dict[str, DecoderConfig] = {
     # Mixtral-8x7B-v0.1, config.json: 2 of 8 experts. 46,702,792,704 parameters.
     "mixtral-8x7b": DecoderConfig(
         vocab_size=32000,
-        model_dim=4096,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_dim=14336,
         num_experts=8,
         num_experts_per_token=2,
         context_length=32768,
         rope_theta=1e6,
-        norm_epsilon=1e-5,
-        **_LARGE,
+        **_WIDE_4096,
     ),
     # 20,914,757,184 parameters as published, less the 192,000 of its attention biases.
     "gpt-oss-20b": DecoderConfig(num_layers=24, num_experts=32, **_GPT_OSS),

@@ -23,7 +23,7 @@ class Model(nn.Module):
 
 def test_same_names_and_numbers():
     x = jax.random.normal(jax.random.key(0), (3, 13, 19))
-    variables = Model().init(jax.random.key(1), x)
+    variables = jax.jit(Model().init)(jax.random.key(1), x)
     assert set(variables) == {"params"}
     params = nn.unbox(variables["params"])
     block, attention = Block(CONFIG, 23, rngs=nnx.Rngs(5)), Attention(CONFIG, rngs=nnx.Rngs(6))
@@ -33,11 +33,11 @@ def test_same_names_and_numbers():
         assert jax.tree.map(jnp.shape, own) == jax.tree.map(jnp.shape, params[name])
         nnx.replace_by_pure_dict(state, params[name])
         nnx.update(module, state)
-    y, _, expected_found = block(x, statistics=True)
-    expected, _, _ = attention(y)
+    y, _, expected_found = nnx.jit(lambda block, x: block(x, statistics=True))(block, x)
+    expected, _, _ = nnx.jit(lambda attention, y: attention(y))(attention, y)
     out, found = jax.jit(Model().apply)(variables, x)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(found["key_mass"], expected_found["key_mass"], rtol=1e-5)
 
-    gradient = jax.grad(lambda v: Model().apply(v, x)[0].sum())(variables)
+    gradient = jax.jit(jax.grad(lambda v: Model().apply(v, x)[0].sum()))(variables)
     assert nn.unbox(gradient["params"])["attention"]["sinks"].shape == (6,)
