@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-import threading
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,8 +20,9 @@ def open_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         older file under that name is untouched, and nothing else is left behind.
     """
     path = Path(path)
-    # In the same folder: a rename across file systems would be a copy.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    # In the same folder: a rename across file systems would be a copy. Hosts that share it may have
+    # processes of the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 # Before the first import of jax. Whoever tests an accelerator names it in the environment.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -44,6 +45,15 @@ def x64() -> Iterator[None]:
 
     with enable_x64():
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of seven small files to train on."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(7):
+        (folder / f"{i}.txt").write_text(f"attention sinks {i * i} " * 40)
+    return folder
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from sinkjax.cache.descriptions import PositionMode as PositionMode
 from sinkjax.cache.descriptions import SinkWindow as SinkWindow
 from sinkjax.cache.head_plan import HeadPlan as HeadPlan
 from sinkjax.cache.layout import keep_layout as keep_layout
+from sinkjax.cache.layout import on_host as on_host
 from sinkjax.cache.paged import PagedTopK as PagedTopK
 from sinkjax.cache.quantised import Quantised as Quantised
 from sinkjax.cache.ring_store import LayerState as LayerState

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
+from jaxtyping import Array, Shaped
 
 from sinkjax.sharding import cache_shardings, constrain
 
@@ -20,6 +23,13 @@ def keep_layout(cache: Any) -> Any:
         return cache
     layout = cache_shardings(cache, mesh)
     return jax.tree.map(lambda leaf, place: constrain(leaf, place.spec), cache, layout)
+
+
+def on_host(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """All of an array. Where other processes have parts of it, all processes must ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def laid_out_as(like: Any, run: Callable[..., Any], *arrays: Any) -> Any:

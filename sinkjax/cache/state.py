@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from sinkjax.cache import ring
 from sinkjax.cache.descriptions import Description
-from sinkjax.cache.layout import laid_out_as
+from sinkjax.cache.layout import laid_out_as, on_host
 from sinkjax.cache.store import LayerSpec, LayerView, Layout, Store
 
 
@@ -112,7 +112,7 @@ class Cache:
         where = xp.ones(B, bool) if rows is None else xp.asarray(rows)
         pins = xp.broadcast_to(pins, (B, pins.shape[1]))
         if not traced:
-            _check_pins(pins[where], np.asarray(self.time)[where])
+            _check_pins(pins[where], on_host(self.time)[where])
         # Ascending, so that sinks keep the order they have in the text; then those that are none.
         pins = xp.sort(xp.where(pins < 0, ring.LIMIT, pins), axis=1)
         pins = xp.where(pins == ring.LIMIT, -1, pins)
@@ -183,7 +183,7 @@ class Cache:
         Raises:
             ValueError: a clock would pass int32, or a `Full` cache its length.
         """
-        begin = np.asarray(self.time if at is None else at).astype(np.int64)
+        begin = (on_host(self.time) if at is None else np.asarray(at)).astype(np.int64)
         begin, end = np.broadcast_arrays(begin, begin + np.asarray(length))
         row = int(np.argmax(end))
         held, last = int(begin.flat[row]), int(end.flat[row])

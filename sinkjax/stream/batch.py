@@ -65,7 +65,8 @@ class Batch:
     If the model's parameters lie on a mesh, so does the cache (`sinkjax.sharding.cache_shardings`):
     rows over `data` and `expert`, heads over `model`, and it never moves. A prompt is read by every
     group of devices that could have its row, since one row does not divide; so is every row where
-    `rows` is no multiple of those groups.
+    `rows` is no multiple of those groups. Where a mesh is that of several processes, all of them make the
+    same calls and all are given every event.
 
     Args:
         model: a decoder such as `sinkjax.models.Decoder`.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Int
 
-from sinkjax.cache import Cache
+from sinkjax.cache import Cache, on_host
 from sinkjax.ops import sink_detection as formulas
 from sinkjax.stream.structure import Structure, split
 
@@ -138,7 +138,7 @@ def pinned(
     Args: as `detect_sinks`; P is the number of the cache's slots for pins.
     """
     slots = cache.num_pins
-    if slots == 0 or np.asarray(cache.time).max() > 0:
+    if slots == 0 or on_host(cache.time).max() > 0:
         return cache
     found = detect_sinks(
         model, tokens, lengths=lengths, method=method, threshold=threshold, max_sink_tokens=slots

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sinkjax.cache import Cache, Description, LayerSpec, create
+from sinkjax.cache import Cache, Description, LayerSpec, create, on_host
 from sinkjax.files import open_whole
 from sinkjax.stream.described import from_plain, plain
 from sinkjax.stream.state import Stream
@@ -92,6 +92,9 @@ class Session(Stream):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the session to one file (npz), whole or not at all.
 
+        Where several processes have parts of the cache, all of them must call it, and each writes all
+        of it: the same path on a shared disk will do.
+
         Raises:
             OSError: the file cannot be written; an older one under the name is untouched.
         """
@@ -109,8 +112,7 @@ class Session(Stream):
             "dropped": self.dropped,
         }
         arrays: dict[str, Any] = {
-            f"leaf{index}": _raw(np.asarray(leaf))
-            for index, leaf in enumerate(jax.tree.leaves(cache))
+            f"leaf{index}": _raw(on_host(leaf)) for index, leaf in enumerate(jax.tree.leaves(cache))
         }
         arrays["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
         with open_whole(path) as file:

@@ -36,14 +36,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.hosts)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+@pytest.fixture(scope="session")
+def address():
+    """address() -> HOST:PORT that nobody listens at."""
+
+    def find() -> str:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            return f"127.0.0.1:{server.getsockname()[1]}"
+
+    return find
 
 
 @dataclasses.dataclass
 class Hosts:
-    """The processes of one command, `train` with the same words, each with its own end of them."""
+    """The processes of one command with the same words, each with its own end of them."""
 
     out: Path
     processes: list[subprocess.Popen[str]]
@@ -80,17 +86,32 @@ class Hosts:
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(7):
-        (folder / f"{i}.txt").write_text(f"attention sinks {i * i} " * 40)
-    return folder
+def begin(tmp_path_factory):
+    """begin(words, devices=1, environment={}) -> one process that runs Python with these words."""
+    cache = tmp_path_factory.mktemp("compiled")
+
+    def run(words, devices=1, environment=None) -> subprocess.Popen[str]:
+        ours = {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        return subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | ours | (environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def start(text, tmp_path_factory):
-    """start(out, words, count=2, devices=1, own={}, environment={}) -> Hosts."""
-    cache = tmp_path_factory.mktemp("compiled")
+def start(begin, address, text):
+    """start(out, words, count=2, devices=1, own={}, cluster=None) -> Hosts."""
     started = []
 
     def run(out, words="", count=2, devices=1, own=None, cluster=None) -> Hosts:
@@ -99,33 +120,18 @@ def start(text, tmp_path_factory):
             f"train --out {out} {shape} --data.files {text} --data.batch-size 8 --steps {STEPS} "
             f"--log-every 1 --eval-every {STEPS // 2} --eval-batches 2 --checkpoint-every 20 {words}"
         )
-        where = f"127.0.0.1:{free_port()}"
-        processes = []
+        where, processes = address(), []
         for process in range(count):
-            more = (own or {}).get(process, "")
-            environment = {
-                "JAX_PLATFORMS": "cpu",
-                "JAX_NUM_CPU_DEVICES": str(devices),
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-            }
+            more, environment = (own or {}).get(process, ""), {}
             if cluster is not None:
-                environment |= cluster(process)
+                environment = cluster(process)
             elif count > 1:
                 more += (
                     f" --distributed.mode explicit --distributed.coordinator {where}"
                     f" --distributed.num-processes {count} --distributed.process-id {process}"
                 )
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", RUN, *common.split(), *more.split()],
-                    env=os.environ | environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
+            words_of_one = ["-c", RUN, *common.split(), *more.split()]
+            processes.append(begin(words_of_one, devices, environment))
         started.append(Hosts(out, processes))
         return started[-1]
 

@@ -139,6 +139,20 @@ def test_processes_that_want_different_runs_do_not_start_one(start, tmp_path):
         assert not (tmp_path / name / "metrics.jsonl").exists()
 
 
+def test_a_folder_of_which_each_has_its_own_is_refused(start, tmp_path):
+    """After a minute: a disk in a network may take some time to show what was written."""
+    status, said = start(tmp_path / "run", own={1: f"--out {tmp_path / 'other'}"}).end()
+    assert status == [1, 2], said
+    message = (
+        f"path: expected a folder that all processes share, got {tmp_path / 'other'}, in which"
+    )
+    assert (
+        said[1].splitlines()[-1].startswith(f"sinkjax train: error: {message} process 1 does not")
+    )
+    assert f"process 0 of 2 stops: process 1 failed (ValueError: {message}" in said[0]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_those_who_wait_in_vain_say_for_whom(start, tmp_path):
     hosts = start(tmp_path / "run", "--distributed.connect-timeout-seconds 3", count=2)
     hosts.processes[1].kill()

@@ -42,14 +42,6 @@ def train_argv():
 
 
 @pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for i in range(7):
-        (folder / f"{i}.txt").write_text(f"attention sinks {i * i} " * 40)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def trained(text, tmp_path_factory):
     argv = _train_argv(tmp_path_factory.mktemp("runs") / "a run", text)
     assert main(argv) == 0
