@@ -22,7 +22,8 @@ from sinkjax.ops.rope import Rope, cos_sin, rotate
 
 SINKS = 4
 CHUNK = 256
-ROOM = 256  # tokens that a dense cache is left to take
+ROOM = 512  # tokens that a dense cache is left to take
+TOKENS = 16  # that one call makes
 
 
 def random_model(context_length: int, num_layers: int = 4) -> Decoder:
@@ -34,54 +35,69 @@ def random_model(context_length: int, num_layers: int = 4) -> Decoder:
 
 
 class Step:
-    """One token per row through a model and its state, greedily, again and again.
+    """Some tokens per row through a model and its state, greedily, again and again.
 
     Args:
       run: of parameters, state and tokens [B, 1]; gives logits [B, V] and the next state, whose memory
         is that of the last.
+      tokens: that one call makes, in one program; `TOKENS` by default.
     """
 
-    def __init__(self, run: Callable[..., Any], parameters: Any, state: Any, rows: int):
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        parameters: Any,
+        state: Any,
+        rows: int,
+        tokens: int | None = None,
+    ):
+        self.tokens = tokens or TOKENS
         # A flat list: what flattens the tree of a model at every call is Python.
         leaves, tree = jax.tree.flatten(parameters)
 
-        def greedy(leaves, state, tokens):
-            logits, state = run(jax.tree.unflatten(tree, leaves), state, tokens)
-            return logits, jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32), state
+        def call(leaves, state, drawn):
+            def one(carry, _):
+                state, drawn = carry
+                logits, state = run(jax.tree.unflatten(tree, leaves), state, drawn)
+                return (state, jnp.argmax(logits, axis=-1)[:, None].astype(jnp.int32)), logits
 
-        self._run = jax.jit(greedy, donate_argnums=1)
+            (state, drawn), logits = jax.lax.scan(one, (state, drawn), length=self.tokens)
+            return logits[-1], drawn, state
+
+        self._run = jax.jit(call, donate_argnums=1)
         self._parameters, self._state = leaves, state
-        self._tokens = jnp.zeros((rows, 1), jnp.int32)
+        self._drawn = jnp.zeros((rows, 1), jnp.int32)
 
     def __call__(self) -> jax.Array:
-        """Logits [B, V] of the next token."""
-        logits, self._tokens, self._state = self._run(self._parameters, self._state, self._tokens)
+        """Logits [B, V] after the last of the tokens."""
+        logits, self._drawn, self._state = self._run(self._parameters, self._state, self._drawn)
         return logits
 
-    def seconds(self, steps: int) -> float:
-        """Per step, until the last one is done."""
+    def seconds(self, calls: int) -> float:
+        """Per token, until the last one is done."""
         since = time.perf_counter()
-        for _ in range(steps):
+        for _ in range(calls):
             logits = self()
         jax.block_until_ready((logits, self._state))
-        return (time.perf_counter() - since) / steps
+        return (time.perf_counter() - since) / (calls * self.tokens)
 
 
 def in_turn(
     steps: Mapping[str, Step], rounds: int, least: float = 1.0, most: int = 5000
 ) -> dict[str, list[float]]:
-    """Seconds per step of each, by round: measured in turn, forth and back, compiled and warm before.
+    """Seconds per token of each, by round: measured in turn, forth and back, compiled and warm before.
 
     Args:
       rounds: measurements of each.
       least: seconds that one takes, about. A stream runs for long: the first tens of steps after
         another way has had the processor's caches are not its speed.
-      most: so many steps at most.
+      most: so many tokens at most.
     """
     counts = {}
     for name, step in steps.items():
-        step.seconds(2)
-        counts[name] = min(max(1, round(least / step.seconds(2))), most)
+        step.seconds(1)
+        tokens = min(least / step.seconds(1), most)
+        counts[name] = max(1, int(tokens / step.tokens))
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds):
         for name in list(steps)[:: -1 if turn % 2 else 1]:
@@ -97,7 +113,7 @@ def over(times: Sequence[float], base: Sequence[float]) -> float:
 # --- ours
 
 
-def cached(decoder: Decoder, cache: Cache) -> Step:
+def cached(decoder: Decoder, cache: Cache, tokens: int | None = None) -> Step:
     """A step on any cache of the library."""
     graph, parameters = nnx.split(decoder)
 
@@ -105,7 +121,7 @@ def cached(decoder: Decoder, cache: Cache) -> Step:
         output = nnx.merge(graph, parameters)(tokens, cache=cache)
         return output.logits[:, -1], output.cache
 
-    return Step(run, parameters, cache, cache.time.shape[0])
+    return Step(run, parameters, cache, cache.time.shape[0], tokens)
 
 
 def aged(decoder: Decoder, description: SinkWindow, rows: int, clock: int) -> Cache:
@@ -279,13 +295,16 @@ def in_a_ring(decoder: Decoder, cache: Cache) -> Step:
 def per_token(
     slots: int, rows: int, text_length: int | None, rounds: int, num_layers: int = 4
 ) -> dict[str, Any]:
-    """Seconds of a step on a full cache of `slots`, ours and the others, at one batch size.
+    """Seconds of a token on a full cache of `slots`, ours and the others, at one batch size.
+
+    All make `TOKENS` in a call, but for "one per call": ours, with what it takes to start a program
+    from Python for every token.
 
     Args:
       slots: C, for ours, recomputation and rotation.
       text_length: tokens of the dense cache, all held; None leaves out the dense cache and
         recomputation, which are for one row.
-      rounds: measurements of each; of recomputation half as many, at least three.
+      rounds: measurements of each.
 
     Returns:
       the sizes; `seconds`, medians by way; `over`, medians of the ratios to ours; `cache_bytes`.
@@ -293,8 +312,9 @@ def per_token(
     decoder = random_model(max(slots, text_length or 0), num_layers)
     ours = aged(decoder, SinkWindow(SINKS, slots - SINKS), rows, 3 * slots)
     sizes = {"ours": ours.nbytes}
-    step = cached(decoder, jax.tree.map(jnp.copy, ours))
+    step, single = (cached(decoder, jax.tree.map(jnp.copy, ours), n) for n in (None, 1))
     turning = {
+        "one per call": single,
         "rotate, as published": as_published(decoder, ours),
         "rotate in a ring": in_a_ring(decoder, ours),
     }
@@ -305,11 +325,11 @@ def per_token(
     if text_length is not None:
         dense = nearly_full(decoder, text_length)
         sizes["dense"] = dense.nbytes
-        # A dense cache has room for so many steps; recomputation takes seconds.
-        others["dense"] = cached(decoder, dense), max(min(rounds, ROOM // 8), 2)
-        others["recompute"] = recomputed(decoder, slots, rows), max(rounds // 2, 3)
+        # It has room for so many tokens.
+        others["dense"] = cached(decoder, dense), min(rounds, ROOM // TOKENS - 2)
+        others["recompute"] = recomputed(decoder, slots, rows), rounds
     for name, (other, count) in others.items():
-        most = ROOM // count - 1 if name == "dense" else 5000
+        most = (ROOM - 2 * TOKENS) // count if name == "dense" else 5000
         found = in_turn({"ours": step, name: other}, count, most=most)
         seconds[name] = statistics.median(found[name])
         ratios[name] = over(found[name], found["ours"])

@@ -17,15 +17,17 @@ bytes), float32:
 
 Only the numbers in 1 and 2 can fail; 3 and 4 are shown as they come out.
 
-Commands (about four minutes on two idle CPU cores, with training; the second about two):
+Commands (about seven minutes on two idle CPU cores, with training; the second about two):
 
     python experiments/streaming.py --json runs/streaming/summary.json
     python experiments/streaming.py --quick
 
 Times are medians of measurements taken in turn, on a full cache, compiled before, each ended by
-`block_until_ready`, state donated; a ratio is the median of those within a round. Recomputation is a
-jitted forward pass over C tokens that computes the last logits only. All ways run on the same
-weights; the two that rotate give our logits (a test says so).
+`block_until_ready`, state donated; a ratio is the median of those within a round. Whatever the way, a
+call makes 16 tokens, so that none is measured by how fast Python starts programs; "one per call" is
+ours with a program started for each token. Recomputation is a jitted forward pass over C tokens that
+computes the last logits only. All ways run on the same weights; the two that rotate give our logits
+(a test says so).
 
 Results are in LOG.md.
 """

@@ -54,20 +54,23 @@ def test_all_ways_to_stream_compute_the_same(experiment, decoder, monkeypatch):
     """A full cache far into a stream, its keys un-rotated for the two that rotate them."""
     times = experiment.stream_time
     monkeypatch.setattr(times, "CHUNK", 5)
+    monkeypatch.setattr(times, "TOKENS", 2)
     cache = times.aged(decoder, SinkWindow(4, C - 4), 2, 3 * C)
     assert cache.time.tolist() == [3 * C] * 2
     held = [0, 1, 2, 3, *range(2 * C + 4, 3 * C)]
     assert sorted(cache.positions[0][0].tolist()) == held
     others = times.as_published(decoder, cache), times.in_a_ring(decoder, cache)
-    ours = times.cached(decoder, cache)
-    for _ in range(C):
+    ours, single = (times.cached(decoder, jax.tree.map(jnp.copy, cache), n) for n in (None, 1))
+    for _ in range(C // 2):
         want = np.asarray(ours())
         assert np.ptp(want) > 1
-        for other in others:
+        single()
+        for other in (*others, single):
             np.testing.assert_allclose(other(), want, atol=2e-5)
 
 
-def test_recomputation_is_the_model_on_the_last_tokens(experiment, decoder):
+def test_recomputation_is_the_model_on_the_last_tokens(experiment, decoder, monkeypatch):
+    monkeypatch.setattr(experiment.stream_time, "TOKENS", 1)
     step = experiment.stream_time.recomputed(decoder, C, 2)
     first = step()
     np.testing.assert_allclose(
@@ -82,8 +85,9 @@ def test_times_of_all_ways(experiment, decoder, monkeypatch):
     times = experiment.stream_time
     monkeypatch.setattr(times, "random_model", lambda *how: decoder)
     monkeypatch.setattr(times, "ROOM", 40)
+    monkeypatch.setattr(times, "TOKENS", 3)
     found = times.per_token(C, 1, 5 * C, rounds=2)
-    ways = {"rotate, as published", "rotate in a ring", "dense", "recompute"}
+    ways = {"one per call", "rotate, as published", "rotate in a ring", "dense", "recompute"}
     assert set(found["over"]) == ways and set(found["seconds"]) == {"ours", *ways}
     assert all(0 < x < 60 for x in found["seconds"].values())
     per_slot = 2 * 2 * 10 * 4 + 4
@@ -93,7 +97,7 @@ def test_times_of_all_ways(experiment, decoder, monkeypatch):
 def test_ratios_are_those_within_a_round(experiment):
     class Step:
         def __init__(self, times):
-            self.times, self.calls = times, 0
+            self.times, self.calls, self.tokens = times, 0, 1
 
         def seconds(self, steps):
             self.calls += 1

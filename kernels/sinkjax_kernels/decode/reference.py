@@ -1,5 +1,6 @@
 """The specification of decode attention: dense over the cache, and never transposes it."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -103,14 +104,10 @@ def decode_attention(
     dtype = jnp.promote_types(jnp.promote_types(query.dtype, key.dtype), jnp.float32)
     key, value = int8.dequantize(key, key_scale), int8.dequantize(value, value_scale)
 
-    def scores(q, k):
-        q = q.reshape(B, T, K, G, H)
-        return jnp.einsum("BTKGH,BKSH->BKGTS", q, k, precision=_EXACT, preferred_element_type=dtype)
-
-    logits = scores(query, key)
+    logits = _scores(query, key, dtype)
     if sink_query is not None and num_sink_slots > 0:
         # Written over: to score the two parts apart would copy the keys behind the cut.
-        at_sinks = scores(sink_query, key[:, :, :num_sink_slots])
+        at_sinks = _scores(sink_query, key[:, :, :num_sink_slots], dtype)
         logits = jax.lax.dynamic_update_slice_in_dim(logits, at_sinks, 0, axis=-1)
     logits = logits * jnp.asarray(scale, dtype)
     if logits_soft_cap is not None:
@@ -152,6 +149,27 @@ def decode_attention(
     out = out.reshape(B, K, G, T, -1).transpose(0, 3, 1, 2, 4)
     out = out.reshape(B, T, N, value.shape[-1]).astype(query.dtype)
     return out, None if lse is None else lse.transpose(0, 3, 1, 2).reshape(B, T, N)
+
+
+def _scores(query, key, dtype) -> Array:
+    """`[B, K, G, T, S]`: every query with the keys of its head."""
+    B, T, N, H = query.shape
+    K = key.shape[1]
+    G = N // K
+    product = functools.partial(jnp.einsum, precision=_EXACT, preferred_element_type=dtype)
+
+    def at_once(query, key):
+        return product("BTKGH,BKSH->BKGTS", query.reshape(B, T, K, G, H), key)
+
+    def one_by_one(query, key):
+        each = query.reshape(B, T, K, G, H).transpose(3, 1, 0, 2, 4).reshape(G * T, B, K, H)
+        rows = [product("BKH,BKSH->BKS", q, key) for q in each]
+        return jnp.stack(rows, axis=2).reshape(B, K, G, T, -1)
+
+    if not 1 < G * T <= 4:
+        return at_once(query, key)
+    # XLA on CPU multiplies keys with so few queries faster one by one.
+    return jax.lax.platform_dependent(query, key, cpu=one_by_one, default=at_once)
 
 
 def decode_step(
