@@ -96,6 +96,32 @@ def test_reference_is_the_loop(slots, sinks, cap, own, per_head):
     assert (np.asarray(out)[1, 1] == 0).all()  # padding
 
 
+@pytest.mark.parametrize(("tokens", "group"), [(1, 2), (1, 3), (2, 2), (3, 1)])
+def test_few_queries_of_a_key_head_are_those_among_more(tokens, group):
+    """CPU scores up to four of them one by one; the loop above has nine."""
+    x = arrays()
+    sink_query = np.random.default_rng(1).standard_normal((B, T, N, H)).astype(np.float32)
+    heads = np.arange(N).reshape(K, N // K)[:, :group].ravel()
+
+    def run(tokens, heads):
+        out, lse = attend(
+            jnp.asarray(x["query"][:, :tokens, heads]),
+            jnp.asarray(x["key"]),
+            jnp.asarray(x["value"]),
+            query_positions=jnp.asarray(QUERIES[:, :tokens]),
+            key_positions=jnp.asarray(POSITIONS[:, None]),
+            sink_query=jnp.asarray(sink_query[:, :tokens, heads]),
+            num_sink_slots=2,
+            window=5,
+            normalizer=normalizers.Softmax(),
+            scale=0.4,
+        )
+        return np.asarray(out), np.asarray(lse)
+
+    for few, all_of_them in zip(run(tokens, heads), run(T, np.arange(N)), strict=True):
+        np.testing.assert_allclose(few, all_of_them[:, :tokens, heads], rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("name", ["softmax1", "softmax_n(n=2.0)", "sigmoid(bias=-1.0)", "softpick"])
 def test_weights_are_the_specification(name):
     x = arrays()
